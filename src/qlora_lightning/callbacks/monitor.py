@@ -1,0 +1,52 @@
+"""Throughput, memory and the share of supervised tokens, once an optimizer step."""
+
+import resource
+import sys
+import time
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+GIB = 2**30
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak allocated memory of a CUDA device, or peak resident memory of this process on a CPU, in GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / GIB
+
+
+class Monitor(Callback):
+    """Logs train/tokens_per_second (non-padding input tokens), train/supervised_fraction, train/learning_rate and memory/peak_gib."""
+
+    def __init__(self) -> None:
+        self._started = 0.0
+        self._evaluation_began = 0.0
+        self._tokens = 0
+        self._supervised = 0
+        self._step = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._step = trainer.global_step
+        self._started = time.perf_counter()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._evaluation_began = time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._started += time.perf_counter() - self._evaluation_began  # time spent there is not a training step's
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._tokens += batch["num_tokens"]
+        self._supervised += batch["num_supervised"]
+        if trainer.global_step == self._step:
+            return  # the step is not complete
+        now = time.perf_counter()
+        pl_module.log("train/tokens_per_second", self._tokens / (now - self._started), prog_bar=True)
+        pl_module.log("train/supervised_fraction", self._supervised / self._tokens)
+        pl_module.log("train/learning_rate", trainer.optimizers[0].param_groups[0]["lr"])
+        pl_module.log("memory/peak_gib", peak_memory_gib(pl_module.device))
+        self._step, self._started, self._tokens, self._supervised = trainer.global_step, now, 0, 0

@@ -1,0 +1,61 @@
+"""The same held-out prompts answered before and after training, side by side."""
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.table import Table
+
+from qlora_lightning.console import console, say
+from qlora_lightning.errors import UserError
+from qlora_lightning.generation import Assistant, GenerationSpec
+from qlora_lightning.module import QLoRAModule
+
+
+class Samples(Callback):
+    """Answer held-out prompts before and after training and print them beside each other.
+
+    Args:
+        count: How many held-out conversations to answer; 0 for none.
+        max_new_tokens: Longest answer, in tokens.
+    """
+
+    def __init__(self, count: int = 0, max_new_tokens: int = 64) -> None:
+        if count < 0 or max_new_tokens < 1:
+            raise UserError(f"samples.count must be 0 or more and samples.max_new_tokens 1 or more, got {count} and {max_new_tokens}")
+        self.count = count
+        self.spec = GenerationSpec(max_new_tokens=max_new_tokens)
+        self._before: list[str] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"before": self._before}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._before = state_dict["before"]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Answers of the untrained model; a resumed run brings them along."""
+        if self.count and not self._before:
+            say(f"Answering {self.count} held-out prompts before training")
+            self._before = self._answers(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.count:
+            return
+        table = Table(title="Held-out prompts, answered greedily", title_justify="left", show_lines=True)
+        for heading in ("prompt", "before training", "after training", "reference"):
+            table.add_column(heading, overflow="fold", ratio=1)
+        conversations = trainer.datamodule.heldout_conversations(self.count)  # type: ignore[attr-defined]
+        for conversation, before, after in zip(conversations, self._before, self._answers(trainer, pl_module), strict=True):
+            table.add_row(*(plain(text) for text in (conversation[-2].content, before, after, conversation[-1].content)))
+        console.print(table)
+
+    def _answers(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
+        assert isinstance(pl_module, QLoRAModule)
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        assistant = Assistant(pl_module.model, data.tokenizer, data.template, pl_module.dtype_of_compute)
+        return assistant.answer(data.heldout_conversations(self.count), self.spec)
+
+
+def plain(text: str) -> str:
+    """Text for a table cell: brackets of its own are no markup."""
+    return text.replace("[", r"\[")

@@ -1,0 +1,57 @@
+"""The README of an adapter folder: what it is, how to use it, what it was trained on and how it fared."""
+
+from pathlib import Path
+from typing import Any
+
+CARD = """---
+base_model: {base_model}
+library_name: peft
+tags: [qlora, lora, qlora-lightning]
+---
+
+# LoRA adapter for {base_model}
+
+Trained with QLoRA by qlora-lightning: {quant_type}{double}, rank {r}, alpha {alpha}, {step} optimizer steps.
+
+## Use
+
+    qlora-lightning chat {folder}
+
+or in plain PEFT, on the untouched base model:
+
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base_model}"), "{folder}")
+
+Prompts are rendered with the template `{template}`{system}.
+
+## Data
+
+{data}
+
+## Metrics at step {step}
+
+{metrics}
+
+The whole configuration is in `recipe.yaml`; the fingerprint of the base model's weights is `{base_fingerprint}`.
+"""
+
+
+def adapter_card(metadata: dict[str, Any], folder: Path) -> str:
+    """Markdown for the adapter folder ``folder`` from the metadata that is saved beside it."""
+    metrics = [f"| {name} | {value:.6g} |" for name, value in sorted(metadata["metrics"].items())]
+    data = metadata["data"]
+    return CARD.format(
+        folder=folder,
+        base_model=metadata["base_model"],
+        base_fingerprint=metadata["base_fingerprint"],
+        quant_type=metadata["quantization"]["quant_type"].upper(),
+        double=" with double quantisation" if metadata["quantization"]["double_quant"] else "",
+        r=metadata["lora"]["r"],
+        alpha=metadata["lora"]["alpha"],
+        step=metadata["step"],
+        template=metadata["template"],
+        system=f" and the system prompt {metadata['system_prompt']!r}" if metadata["system_prompt"] else "",
+        data="\n".join(f"- {key}: {value}" for key, value in data.items()),
+        metrics="\n".join(["| metric | value |", "|---|---|", *metrics]),
+    )

@@ -1,0 +1,158 @@
+"""``chat`` and ``generate``: talk to an adapter, or answer a file of prompts."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.progress import Progress
+from transformers import TextStreamer
+
+from qlora_lightning.console import console, say
+from qlora_lightning.data.files import read_rows
+from qlora_lightning.data.formats import Conversation, Message
+from qlora_lightning.errors import UserError
+from qlora_lightning.generation import Assistant, GenerationSpec, load_assistant
+
+HELP = "Type a question. /clear forgets the conversation, /quit (or Ctrl-D) ends it."
+
+
+def chat(
+    adapter: str | None = None,
+    base_model: str | None = None,
+    template: str | None = None,
+    system_prompt: str | None = None,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 0.9,
+    seed: int = 0,
+) -> None:
+    """Talk to a base model with an adapter; questions are read from standard input, answers appear as they are written.
+
+    Args:
+        adapter: Adapter folder, as in runs/quickstart/checkpoints/last; without one the base model answers.
+        base_model: Base model; by default the one that the adapter was trained on.
+        template: Prompt template; by default the one that the adapter was trained with.
+        system_prompt: Said before the conversation; by default the one that the adapter was trained with.
+        max_new_tokens: Longest answer, in tokens.
+        temperature: 0 takes the likeliest token each time; above 0 samples.
+        top_p: Sample from the likeliest tokens that together have this probability.
+        seed: Seed of the sampling.
+    """
+    spec = GenerationSpec(max_new_tokens, temperature, top_p, seed)
+    assistant, metadata = load_assistant(Path(adapter) if adapter else None, base_model, template)
+    system = system_prompt if system_prompt is not None else metadata.get("system_prompt")
+    opening = [Message("system", system)] if system else []
+    say(HELP)
+    conversation = list(opening)
+    for line in _lines():
+        if line in ("/quit", "/exit"):
+            return
+        if line == "/clear":
+            conversation = list(opening)
+            continue
+        conversation.append(Message("user", line))
+        conversation.append(Message("assistant", _stream(assistant, conversation, spec)))
+
+
+def _lines() -> Iterator[str]:
+    """Questions, without blank ones; a mark is shown where a person types them."""
+    while True:
+        if sys.stdin.isatty():
+            console.print("\n[bold]you>[/bold] ", end="")
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def _stream(assistant: Assistant, conversation: Conversation, spec: GenerationSpec) -> str:
+    ids, mask = assistant.encode([conversation])
+    streamer = TextStreamer(assistant.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    return assistant.complete(ids, mask, spec, streamer)[0]
+
+
+def generate(
+    prompts: str,
+    output: str,
+    adapter: str | None = None,
+    base_model: str | None = None,
+    template: str | None = None,
+    system_prompt: str | None = None,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 0.9,
+    seed: int = 0,
+    batch_size: int = 8,
+    overwrite: bool = False,
+) -> None:
+    """Answer every prompt of a file; one JSON object a line with the row's own fields and `generation`.
+
+    Args:
+        prompts: A .jsonl, .json, .csv or .parquet file with a field prompt, instruction (and input), text or messages; or a .txt file.
+        output: JSON Lines file to write.
+        adapter: Adapter folder; without one the base model answers.
+        base_model: Base model; by default the one that the adapter was trained on.
+        template: Prompt template; by default the one that the adapter was trained with.
+        system_prompt: Said before each prompt; by default the one that the adapter was trained with.
+        max_new_tokens: Longest answer, in tokens.
+        temperature: 0 takes the likeliest token each time; above 0 samples.
+        top_p: Sample from the likeliest tokens that together have this probability.
+        seed: Seed of the sampling, of each batch anew.
+        batch_size: Prompts answered at once.
+        overwrite: Replace the output file where it exists.
+    """
+    target = Path(output)
+    if target.exists() and not overwrite:
+        raise UserError(f"output {output} exists; give another name or --overwrite true")
+    if not target.parent.is_dir():
+        raise UserError(f"the folder of output {output} does not exist; make it first")
+    spec = GenerationSpec(max_new_tokens, temperature, top_p, seed)
+    rows = list(_prompts(prompts))
+    assistant, metadata = load_assistant(Path(adapter) if adapter else None, base_model, template)
+    system = system_prompt if system_prompt is not None else metadata.get("system_prompt")
+    began = time.perf_counter()
+    with target.open("w", encoding="utf-8") as file, Progress(console=console) as progress:
+        for start in progress.track(range(0, len(rows), batch_size), description="answering"):
+            batch = rows[start : start + batch_size]
+            asked = [
+                ([Message("system", system)] if system and conversation[0].role != "system" else []) + conversation
+                for _, conversation in batch
+            ]
+            for (row, _), answer in zip(batch, assistant.answer(asked, spec), strict=True):
+                file.write(json.dumps({**row, "generation": answer}, ensure_ascii=False) + "\n")
+            file.flush()
+    say(f"{len(rows)} answers in {time.perf_counter() - began:.1f} s: {output}")
+
+
+def _prompts(path: str) -> Iterator[tuple[dict[str, object], Conversation]]:
+    """Each row of a prompt file, and the conversation that asks it.
+
+    Raises:
+        UserError: a row asks nothing, or the file cannot be read.
+    """
+    if path.endswith(".txt"):
+        if not Path(path).is_file():
+            raise UserError(f"prompt file {path} does not exist; give one that does")
+        for line in Path(path).read_text(encoding="utf-8").splitlines():
+            if line.strip():
+                yield {"prompt": line}, [Message("user", line)]
+        return
+    for number, row in read_rows(path):
+        yield row, _asked(row, f"{path}:{number}")
+
+
+def _asked(row: dict[str, object], where: str) -> Conversation:
+    messages = row.get("messages")
+    if isinstance(messages, list) and messages:
+        try:
+            conversation = [Message(message["role"], message["content"]) for message in messages]
+        except (TypeError, KeyError):
+            raise UserError(f"{where}: each of `messages` needs role and content; correct the row") from None
+        return conversation[:-1] if conversation[-1].role == "assistant" else conversation
+    for field in ("prompt", "instruction", "text"):
+        if isinstance(text := row.get(field), str) and text.strip():
+            return [Message("user", text, str(row.get("input") or "") if field == "instruction" else "")]
+    raise UserError(f"{where}: a prompt needs a text in prompt, instruction, text or messages, found {', '.join(row) or 'nothing'}")

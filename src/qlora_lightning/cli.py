@@ -1,0 +1,152 @@
+"""The command line: LightningCLI's fit, validate, test and predict, and one table of plain commands. Nothing imports this file."""
+
+import importlib
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from qlora_lightning import __version__
+from qlora_lightning.errors import UserError
+
+TRAINER_COMMANDS = {
+    "fit": "train an adapter: fit --config RECIPE",
+    "validate": "loss and perplexity on held-out rows: validate --config RECIPE --ckpt_path last",
+    "test": "the same under the name test/",
+    "predict": "answers to the held-out prompts, as JSON Lines in the run folder",
+}
+# command -> (module:function, or sub-commands of the same kind), what it does
+PLAIN_COMMANDS: dict[str, tuple[str | dict[str, str], str]] = {
+    "chat": ("qlora_lightning.chat:chat", "talk to a base model with an adapter"),
+    "generate": ("qlora_lightning.chat:generate", "answer a file of prompts, as JSON Lines"),
+    "recipes": (
+        {
+            "list": "qlora_lightning.recipes:recipes_list",
+            "show": "qlora_lightning.recipes:recipes_show",
+            "copy": "qlora_lightning.recipes:recipes_copy",
+        },
+        "list, show or copy the recipes that come with the tool",
+    ),
+    "doctor": ("qlora_lightning.doctor:doctor", "what this machine can do, and what will be slow"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command and give its exit code: 0, 2 for a user's mistake (one line on standard error), 1 for a defect of ours."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    _quieten()
+    try:
+        return _run(arguments)
+    except Exception as error:
+        line = user_line(error)
+        if debug or line is None:
+            raise
+        sys.stderr.write(f"qlora-lightning: {line}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("qlora-lightning: interrupted; resume with the same command and --ckpt_path last\n")
+        return 130
+
+
+def _run(arguments: list[str]) -> int:
+    command = arguments[0] if arguments else "--help"
+    if command in ("--help", "-h", "help"):
+        print(overview())
+        return 0
+    if command == "--version":
+        print(__version__)
+        return 0
+    if command in TRAINER_COMMANDS:
+        from qlora_lightning.lightning_cli import run
+
+        run(arguments)
+        return 0
+    if command in PLAIN_COMMANDS:
+        return _run_plain(command, arguments[1:])
+    raise UserError(f"there is no command {command!r}{_nearest(command)}; see qlora-lightning --help")
+
+
+def _run_plain(command: str, arguments: list[str]) -> int:
+    from jsonargparse import auto_cli, set_parsing_settings
+
+    from qlora_lightning.parser import OneLineParser
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    target, summary = PLAIN_COMMANDS[command]
+    component: Any = _load(target) if isinstance(target, str) else {name: _load(path) for name, path in target.items()}
+    result = auto_cli(component, args=arguments, parser_class=OneLineParser, prog=f"qlora-lightning {command}", description=summary)
+    return result if isinstance(result, int) else 0
+
+
+def _load(path: str) -> Callable[..., Any]:
+    module, _, name = path.partition(":")
+    function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return function
+
+
+def user_line(error: BaseException) -> str | None:
+    """One line for an error that a user can mend, None for a defect of ours."""
+    import torch
+
+    if isinstance(error, UserError):
+        return " ".join(str(error).split())
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
+            "out of GPU memory; raise trainer.accumulate_grad_batches (smaller microbatches), set "
+            "trainer.strategy.init_args.gradient_checkpointing: full, "
+            f"or shorten data.dataset.max_length ({str(error).split('.')[0]})"
+        )
+    if isinstance(error, OSError) and error.errno == 28:
+        return f"no space left on the disk that holds {error.filename or 'the run folder'}; free some and resume with --ckpt_path last"
+    if type(error).__name__ == "MisconfigurationException":  # Lightning's word for a setting that cannot work
+        return " ".join(str(error).split())
+    return None
+
+
+def overview() -> str:
+    """The commands, a line each."""
+    rows = {**TRAINER_COMMANDS, **{name: summary for name, (_, summary) in PLAIN_COMMANDS.items()}}
+    lines = [f"  {name:10} {summary}" for name, summary in rows.items()]
+    return "\n".join(
+        [
+            f"qlora-lightning {__version__}: QLoRA finetuning on PyTorch Lightning",
+            "",
+            "usage: qlora-lightning COMMAND [options] [--debug]",
+            "",
+            *lines,
+            "",
+            "Start with: qlora-lightning fit --config quickstart",
+            "Every command explains its options with --help; --debug shows the traceback of an error.",
+        ]
+    )
+
+
+def _nearest(command: str) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(command, [*TRAINER_COMMANDS, *PLAIN_COMMANDS], n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _quieten() -> None:
+    """Turn off what libraries say at every start and no user can act on."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    for name in ("lightning.pytorch", "lightning.fabric", "bitsandbytes", "torchao"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for message in (
+        ".*does not have many workers.*",
+        ".*LightningCLI's args parameter.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*is_gradient_checkpointing. is deprecated.*",
+        ".*Trying to infer the `batch_size`.*",
+        ".*modules in eval mode.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

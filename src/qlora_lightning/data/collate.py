@@ -1,0 +1,101 @@
+"""Examples to a padded batch. Masks and labels come from lengths, never from the pad id: a row may well contain that token.
+
+Shapes: B rows, T tokens a row (padded), P positions.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypedDict
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from qlora_lightning.data.steps import Microbatch
+from qlora_lightning.data.tokenize import IGNORED, TokenizedExample
+
+
+class Batch(TypedDict):
+    """One microbatch."""
+
+    input_ids: Tensor
+    """[B, T] int64."""
+    attention_mask: Tensor
+    """[B, T] int64: 1 for tokens, 0 for padding."""
+    labels: Tensor
+    """[B, T] int64: not shifted; -100 where there is no loss."""
+    logit_positions: Tensor
+    """[P] int64, sorted: the positions t for which some row has a label at t + 1. Logits are needed there only."""
+    tokens_in_step: int
+    """Supervised targets (labels at 1 and later) over all microbatches and ranks of the optimizer step."""
+    num_tokens: int
+    """Input tokens of this microbatch without padding."""
+    num_supervised: int
+    """Supervised targets of this microbatch."""
+
+
+class PromptBatch(TypedDict):
+    """Prompts for generation, padded on the left so that the next token follows each row's last."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Pads examples to batches.
+
+    Attributes:
+        filler_id: what stands in padding; any id of the vocabulary does.
+        pad_to_multiple_of: T is rounded up to a multiple of this.
+    """
+
+    filler_id: int
+    pad_to_multiple_of: int
+
+    def train(self, fetched: tuple[Microbatch, Sequence[TokenizedExample]]) -> Batch:
+        """A microbatch of a planned optimizer step."""
+        microbatch, examples = fetched
+        batch = self.evaluation(examples)
+        batch["tokens_in_step"] = microbatch.tokens_in_step
+        return _without_labels(batch) if microbatch.filler else batch
+
+    def evaluation(self, examples: Sequence[TokenizedExample]) -> Batch:
+        """A batch that stands for itself: its step is the batch."""
+        lengths = torch.tensor([len(example.input_ids) for example in examples])
+        labels = self._pad([example.labels for example in examples], IGNORED)
+        targets = labels[:, 1:] != IGNORED
+        count = int(targets.sum())
+        return Batch(
+            input_ids=self._pad([example.input_ids for example in examples], self.filler_id),
+            attention_mask=(torch.arange(labels.shape[1]) < lengths[:, None]).long(),
+            labels=labels,
+            logit_positions=targets.any(dim=0).nonzero().flatten(),
+            tokens_in_step=count,
+            num_tokens=int(lengths.sum()),
+            num_supervised=count,
+        )
+
+    def prompts(self, prompts: Sequence[npt.NDArray[np.int32]]) -> PromptBatch:
+        """Token ids of prompts, left-padded."""
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        input_ids = self._pad([prompt[::-1] for prompt in prompts], self.filler_id).flip(1)
+        mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).flip(1)
+        return PromptBatch(input_ids=input_ids, attention_mask=mask.long())
+
+    def _pad(self, rows: Sequence[npt.NDArray[np.int32]], filler: int) -> Tensor:
+        multiple = self.pad_to_multiple_of
+        width = -(-max(len(row) for row in rows) // multiple) * multiple
+        padded = np.full((len(rows), width), filler, dtype=np.int64)
+        for number, row in enumerate(rows):
+            padded[number, : len(row)] = row
+        return torch.from_numpy(padded)
+
+
+def _without_labels(batch: Batch) -> Batch:
+    """A batch that adds nothing to the loss, for a rank that has no example in a step's last microbatch."""
+    batch["labels"] = torch.full_like(batch["labels"], IGNORED)
+    batch["logit_positions"] = batch["logit_positions"][:0]
+    batch["num_tokens"] = batch["num_supervised"] = 0
+    return batch

@@ -1,0 +1,125 @@
+"""What a user says about an instruction set: one dataclass, filled from one YAML or from the command line."""
+
+import difflib
+import os
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from jsonargparse.typing import register_type
+
+from qlora_lightning.data.templates import TEMPLATES
+from qlora_lightning.errors import UserError
+
+Format = Literal["auto", "instruction", "prompt_response", "messages", "oasst1_tree", "guanaco_text"]
+
+
+class DataPath(str):
+    """A local file, made absolute when it is parsed: relative to the YAML that names it, or to the working folder on the command line."""
+
+    __slots__ = ()
+
+
+def _absolute(value: Any) -> DataPath:
+    """The parser stands in the folder of the YAML that it reads, so that ``abspath`` here means relative to that YAML."""
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"expected the path of a file, got {value!r}")
+    return DataPath(os.path.abspath(os.path.expanduser(value)))  # noqa: PTH100, PTH111 - a missing file must not be resolved further
+
+
+register_type(DataPath, str, _absolute)
+
+
+@dataclass
+class DatasetSpec:
+    """One instruction set: where its rows are, which shape they have, how they are written out and how long they may be.
+
+    Raises:
+        UserError: a value that can never work, before any file is read.
+    """
+
+    name: str = ""
+    """What reports and logs call this set; the file's own name where it is empty."""
+    path: DataPath | None = None
+    """A local .json, .jsonl, .csv or .parquet file (the first three also as .gz). Takes the place of the hub's file where both are given.
+    Relative to the YAML that names it; on the command line relative to the working folder."""
+    hub_id: str | None = None
+    """A Hugging Face data set, as in OpenAssistant/oasst1. Needs ``hub_file`` and ``revision``."""
+    hub_file: str | None = None
+    """The file with the training rows inside the hub data set."""
+    revision: str | None = None
+    """The commit hash of the hub data set, so that the same recipe always reads the same rows."""
+    validation_path: DataPath | None = None
+    """A local file of validation rows, of the same shape. Comes before ``validation_hub_file`` and ``validation_size``."""
+    validation_hub_file: str | None = None
+    """The file with the validation rows inside the hub data set. Comes before ``validation_size``."""
+    validation_size: int | float = 0
+    """How many rows (or, below 1, which fraction of them) are taken out of the training rows, drawn by the seed, where no validation
+    file is given. 0: no validation."""
+    format: Format = "auto"
+    """The shape of a row. ``auto`` looks at the first row's fields. instruction: instruction, input, output. prompt_response: prompt and
+    response (or completion). messages: a list of role and content (or from and value). oasst1_tree: one message tree a row.
+    guanaco_text: one text with ``### Human:`` and ``### Assistant:``."""
+    template: str = "chatml"
+    """How a conversation is written out: chatml, alpaca, guanaco or plain. chatml needs a base whose tokenizer has its two tokens."""
+    system_prompt: str | None = None
+    """Set before every conversation that brings no system message of its own."""
+    train_on_source: bool = False
+    """Train on the prompts too, not only on the answers and their end tokens."""
+    max_length: int | None = None
+    """The most tokens an example may have; ``truncation`` says what happens to longer ones. Null: no limit."""
+    truncation: Literal["drop", "left", "right"] = "drop"
+    """For examples over ``max_length``. drop: leave them out. left: keep BOS and the end of the conversation. right: keep its beginning;
+    an answer that is cut still ends with its end token. All are counted in the report."""
+    source_max_length: int | None = None
+    """The most tokens before the first answer. The prompt's text is cut at its end; the mark that opens the answer stays."""
+    target_max_length: int | None = None
+    """The most tokens from the first answer on. Cut at the right; an answer that is cut still ends with its end token."""
+    languages: list[str] | None = None
+    """oasst1_tree only: keep messages in these languages (as the rows spell them: en, es, ...). Null: all."""
+    oasst1_paths: Literal["best", "all"] = "best"
+    """oasst1_tree only. best: the best-ranked reply at every level, one conversation a tree, as in the paper. all: every path."""
+
+    def __post_init__(self) -> None:
+        """Checks each value once; everything behind trusts them."""
+        self._check_source()
+        self._check_template()
+        for name in ("max_length", "source_max_length", "target_max_length"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise UserError(f"data.dataset.{name} must be a positive number of tokens, got {value}; use null for no limit")
+        size = self.validation_size
+        if size < 0 or (size >= 1 and size != int(size)):
+            raise UserError(
+                f"data.dataset.validation_size must be a number of rows or a fraction below 1, got {size}; 0 means no validation"
+            )
+
+    def _check_source(self) -> None:
+        if self.path is None and self.hub_id is None:
+            raise UserError(
+                "a data set needs rows, but neither path nor hub_id is given; "
+                "name a YAML with --data.dataset FILE.yaml or a file with --data.dataset.path"
+            )
+        if self.path is None and not self.hub_file:
+            raise UserError(
+                f"data.dataset.hub_file must name the file to read from the hub data set {self.hub_id}, got none; see its file list"
+            )
+        if self.reads_hub and not self.revision:
+            raise UserError(
+                f"data.dataset.revision must pin the commit of the hub data set {self.hub_id}, got none; its history on the hub lists them"
+            )
+        if self.path is not None and self.validation_hub_file and self.validation_path is None:
+            raise UserError(
+                f"data.dataset.path replaces the hub's training file, but validation still reads the hub's {self.validation_hub_file}; "
+                "give --data.dataset.validation_path too, or --data.dataset.validation_hub_file null"
+            )
+
+    def _check_template(self) -> None:
+        if self.template not in TEMPLATES:
+            near = difflib.get_close_matches(self.template, TEMPLATES, n=1, cutoff=0.0)[0]
+            known = ", ".join(sorted(TEMPLATES))
+            raise UserError(f"data.dataset.template must be one of {known}; got {self.template!r}, nearest is {near}")
+
+    @property
+    def reads_hub(self) -> bool:
+        """Whether any file of this set comes from the hub."""
+        return self.path is None

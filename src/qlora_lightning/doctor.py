@@ -1,0 +1,267 @@
+"""What this machine can do: facts gathered without side effects, one real 4-bit product, and advice that follows from the facts alone."""
+
+import importlib.metadata
+import json as json_module
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import constants as hub
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from qlora_lightning import __version__
+from qlora_lightning.loggers import reachable, wandb_logged_in, wandb_mode
+
+GIB = 2**30
+PACKAGES = ("torch", "lightning", "transformers", "peft", "bitsandbytes", "triton", "datasets", "wandb")
+NEEDED = ("torch", "lightning", "transformers", "peft", "bitsandbytes")
+
+Facts = dict[str, Any]
+
+
+def doctor(json: bool = False) -> int:
+    """Say what this machine can do: versions, device, memory, disk, network, and what will be slow and what to do about it.
+
+    Ends with exit code 0 when training can run here and 2 when something that it needs is broken.
+
+    Args:
+        json: Print one JSON document on standard output and nothing else there.
+    """
+    facts = examine()
+    if json:
+        print(json_module.dumps(facts, indent=2))
+    else:
+        _print(facts)
+    return 0 if facts["can_train"] else 2
+
+
+def examine() -> Facts:
+    """Gather the facts; every size is in GiB of 2^30 bytes."""
+    facts: Facts = {
+        "versions": _versions(),
+        "device": _gpu() if torch.cuda.is_available() else _cpu(),
+        "host": {"cpu_cores": _cpu_cores(), **_host_memory()},
+        "bitsandbytes": check_bitsandbytes(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+        "disk": {"working_folder": _disk(Path.cwd()), "hugging_face_cache": _disk(Path(hub.HF_HUB_CACHE))},
+        "network": _network(),
+        "wandb": _wandb(),
+    }
+    facts["advice"] = advise(facts)
+    facts["can_train"] = facts["bitsandbytes"]["works"] and all(facts["versions"][name] for name in NEEDED)
+    return facts
+
+
+def _versions() -> dict[str, str | None]:
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    versions |= {"qlora-lightning": __version__, **{name: _version(name) for name in PACKAGES}}
+    return {**versions, "cuda": torch.version.cuda, "driver": _driver()}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _driver() -> str | None:
+    """Version of the NVIDIA driver; None without one. Found too when this torch cannot use it, which is worth an advice."""
+    if not shutil.which("nvidia-smi"):
+        return None
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=20)
+    except subprocess.TimeoutExpired:
+        return None
+    return next(iter(answer.stdout.split()), None) if answer.returncode == 0 else None
+
+
+def _gpu() -> Facts:
+    free_bytes, total_bytes = torch.cuda.mem_get_info()
+    major, minor = torch.cuda.get_device_capability()
+    return {
+        "kind": "cuda",
+        "name": torch.cuda.get_device_name(),
+        "count": torch.cuda.device_count(),
+        "memory_free_gib": round(free_bytes / GIB, 2),
+        "memory_total_gib": round(total_bytes / GIB, 2),
+        "compute_capability": f"{major}.{minor}",
+        "bf16": torch.cuda.is_bf16_supported(including_emulation=False),
+    }
+
+
+def _cpu() -> Facts:
+    memory = _host_memory()
+    return {
+        "kind": "cpu",
+        "name": _cpu_name(),
+        "count": 1,
+        "memory_free_gib": memory["memory_free_gib"],
+        "memory_total_gib": memory["memory_total_gib"],
+        "compute_capability": None,
+        "bf16": torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),
+    }
+
+
+def _cpu_name() -> str:
+    """What Linux calls the processor; what Python knows elsewhere."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _cpu_cores() -> int:
+    """Cores that this process may use, which a container or a batch system makes fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _host_memory() -> dict[str, float]:
+    page_bytes = os.sysconf("SC_PAGE_SIZE")
+    free_bytes = os.sysconf("SC_AVPHYS_PAGES") * page_bytes
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():  # counts what the kernel's caches would give back
+        fields = dict(line.split(":") for line in meminfo.read_text(encoding="utf-8").splitlines())
+        free_bytes = int(fields["MemAvailable"].split()[0]) * 1024
+    return {"memory_free_gib": round(free_bytes / GIB, 2), "memory_total_gib": round(os.sysconf("SC_PHYS_PAGES") * page_bytes / GIB, 2)}
+
+
+def _disk(folder: Path) -> Facts:
+    """Free space where ``folder`` is or will be made."""
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    return {"path": str(folder), "free_gib": round(shutil.disk_usage(existing).free / GIB, 1)}
+
+
+def _network() -> Facts:
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
+        return {"online": False, "reason": "HF_HUB_OFFLINE is set"}
+    online = reachable(hub.ENDPOINT, seconds=2.0)
+    return {"online": online, "reason": f"{hub.ENDPOINT} {'answers' if online else 'not reachable within 2 s'}"}
+
+
+def _wandb() -> Facts:
+    mode = wandb_mode(seconds=2.0)
+    return {"logged_in": wandb_logged_in(), "mode": mode.mode, "reason": mode.reason}
+
+
+def check_bitsandbytes(device: torch.device) -> Facts:
+    """Quantise 64 x 64 numbers to NF4 on ``device`` and multiply with them: the backend works when that equals its own definition."""
+    try:
+        error = _nf4_error(device)
+    except Exception as failure:  # a missing library, a wrong CUDA build, no kernel for the device: all mean that it does not work
+        return {"works": False, "device": str(device), "error": f"{type(failure).__name__}: {failure}"}
+    works = error < 0.02  # bfloat16 has 8 bits: two products differ by about 1 %
+    return {"works": works, "device": str(device), "error": None if works else f"the 4-bit product is off by {error:.1%}"}
+
+
+def _nf4_error(device: torch.device) -> float:
+    """Largest difference between bitsandbytes' 4-bit product and the product of the dequantised weight, over the largest entry."""
+    import bitsandbytes
+    from bitsandbytes import functional
+
+    generator = torch.Generator().manual_seed(0)
+    weight, inputs = (torch.randn(64, 64, generator=generator).to(device, torch.bfloat16) for _ in range(2))
+    packed, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    expected = inputs.float() @ functional.dequantize_4bit(packed, state).float().t()
+    product = bitsandbytes.matmul_4bit(inputs, packed.t(), quant_state=state)
+    return float((product.float() - expected).abs().max() / expected.abs().max())
+
+
+def advise(facts: Facts) -> list[str]:
+    """What will be slow or fail with these facts, and what to do: one line each."""
+    return [*_advise_broken(facts), *_advise_device(facts), *_advise_room(facts), *_advise_network(facts)]
+
+
+def _advise_broken(facts: Facts) -> list[str]:
+    lines = [f"{name} is not installed: pip install qlora-lightning brings it" for name in NEEDED if not facts["versions"][name]]
+    if not facts["bitsandbytes"]["works"]:
+        lines.append(
+            f"bitsandbytes does not work on {facts['bitsandbytes']['device']} ({facts['bitsandbytes']['error']}): "
+            "nothing can be quantised; install the build for this CUDA version, then see `python -m bitsandbytes`"
+        )
+    return lines
+
+
+def _advise_device(facts: Facts) -> list[str]:
+    device, versions = facts["device"], facts["versions"]
+    if device["kind"] == "cuda":
+        return _advise_gpu(device, versions)
+    lines = ["no GPU: training runs on the CPU, which is enough for the quickstart and for models below about 1B parameters"]
+    if versions["driver"]:
+        build = f"CUDA {versions['cuda']}" if versions["cuda"] else "the CPU only"
+        lines.append(
+            f"there is an NVIDIA driver {versions['driver']}, but this torch is built for {build}: install one that fits the driver"
+        )
+    if not device["bf16"]:
+        lines.append("this CPU has no bf16 arithmetic: leave model.compute at auto, which computes in fp32 here")
+    return lines
+
+
+def _advise_gpu(device: Facts, versions: dict[str, str | None]) -> list[str]:
+    lines = []
+    if not device["bf16"]:
+        lines.append(f"this GPU (compute capability {device['compute_capability']}) has no bf16: set model.compute: fp32, which is slow")
+    if not versions["triton"]:
+        lines.append("triton is missing: the fused kernels fall back to plain torch, which is slower; pip install triton")
+    if device["memory_free_gib"] < 0.8 * device["memory_total_gib"]:
+        taken_gib = device["memory_total_gib"] - device["memory_free_gib"]
+        lines.append(f"other processes hold {taken_gib:.1f} GiB of the GPU's memory: `nvidia-smi` names them")
+    return lines
+
+
+def _advise_room(facts: Facts) -> list[str]:
+    lines = []
+    free_gib = facts["device"]["memory_free_gib"]
+    if free_gib < 6:  # a 7B base takes 3.5 GiB in NF4, then come adapter, optimizer and activations
+        lines.append(f"{free_gib:.1f} GiB of memory free: too little for a 7B model; take a smaller one, and ask `qlora-lightning plan`")
+    for name, least_gib in (("working_folder", 5), ("hugging_face_cache", 20)):
+        disk = facts["disk"][name]
+        if disk["free_gib"] < least_gib:
+            way_out = "set HF_HOME to a larger disk" if name == "hugging_face_cache" else "clear some, or run elsewhere"
+            lines.append(f"{disk['free_gib']:.1f} GiB of disk free at {disk['path']}, less than {least_gib}: {way_out}")
+    if facts["host"]["cpu_cores"] < 4:
+        lines.append(f"{facts['host']['cpu_cores']} CPU cores: reading and tokenizing data will be slow")
+    return lines
+
+
+def _advise_network(facts: Facts) -> list[str]:
+    lines = []
+    if not facts["network"]["online"]:
+        lines.append(f"offline ({facts['network']['reason']}): only cached or local models and data sets can be used")
+    if facts["wandb"]["mode"] == "offline":
+        lines.append(f"W&B will record to a local folder ({facts['wandb']['reason']}); every run says at its end how to upload it")
+    return lines
+
+
+def _print(facts: Facts) -> None:
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for section, value in _rows(facts):
+        table.add_row(section, escape(value))
+    console = Console(highlight=False)
+    console.print(table)
+    for line in facts["advice"]:
+        console.print(f"- {line}", markup=False)
+    console.print("training can run here" if facts["can_train"] else "training cannot run here", style="bold")
+
+
+def _rows(facts: Facts) -> list[tuple[str, str]]:
+    device, host, disk = facts["device"], facts["host"], facts["disk"]
+    more = f" x {device['count']}" if device["count"] > 1 else ""
+    capability = f", compute capability {device['compute_capability']}" if device["compute_capability"] else ""
+    return [
+        *((name, version or "-") for name, version in facts["versions"].items()),
+        ("device", f"{device['name']}{more}{capability}"),
+        ("device memory", f"{device['memory_free_gib']:.1f} of {device['memory_total_gib']:.1f} GiB free"),
+        ("bf16", "yes" if device["bf16"] else "no"),
+        ("4-bit product", f"correct on {facts['bitsandbytes']['device']}" if facts["bitsandbytes"]["works"] else "broken"),
+        ("host", f"{host['cpu_cores']} cores, {host['memory_free_gib']:.1f} of {host['memory_total_gib']:.1f} GiB free"),
+        *((f"disk, {name.replace('_', ' ')}", f"{part['free_gib']:.1f} GiB free at {part['path']}") for name, part in disk.items()),
+        ("network", facts["network"]["reason"]),
+        ("W&B", f"{facts['wandb']['mode']} ({facts['wandb']['reason']})"),
+    ]

@@ -1,0 +1,163 @@
+"""Answers from a model with an adapter: batched, left-padded, stopped at the end of turn."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
+
+from qlora_lightning.console import say
+from qlora_lightning.data.formats import Conversation
+from qlora_lightning.data.templates import Template, check_template, end_tokens, render_prompt
+from qlora_lightning.data.tokenize import Encoder
+from qlora_lightning.errors import UserError
+from qlora_lightning.modeling.adapters import LoRASpec, adapter_metadata, attach_lora, load_adapter, norms_to_fp32
+from qlora_lightning.modeling.loading import QuantizationSpec, base_fingerprint, compute_dtype, load_base_model
+from qlora_lightning.modeling.tokenizer import filler_id, load_tokenizer
+
+
+@dataclass
+class GenerationSpec:
+    """How answers are drawn."""
+
+    max_new_tokens: int = 256
+    """Longest answer, in tokens."""
+    temperature: float = 0.0
+    """0 takes the likeliest token each time; the QLoRA paper samples at 0.7."""
+    top_p: float = 0.9
+    """Sample from the likeliest tokens that together have this probability (only where temperature is above 0)."""
+    seed: int = 0
+    """Seed of the sampling."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1 or self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise UserError(f"need max_new_tokens >= 1, temperature >= 0 and 0 < top_p <= 1, got {self}")
+
+
+@dataclass
+class Assistant:
+    """A model that answers conversations in the template it was trained with."""
+
+    model: Any
+    """A causal language model of transformers or PEFT, in 4 bits or not."""
+    tokenizer: PreTrainedTokenizerBase
+    template: Template
+    dtype: torch.dtype
+    """The dtype that matrix products are computed in."""
+
+    def answer(self, conversations: Sequence[Conversation], spec: GenerationSpec) -> list[str]:
+        """Answers to a batch of conversations that end with a user's message (or whose last answer is to be given anew)."""
+        return self.complete(*self.encode(conversations), spec)
+
+    def encode(self, conversations: Sequence[Conversation]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Left-padded prompts and their mask, both [B, T].
+
+        Raises:
+            UserError: a message spells a control token that the tokenizer cannot write as text.
+        """
+        renderings = [render_prompt(conversation, self.template, self.tokenizer) for conversation in conversations]
+        prompts = []
+        for rendering, tokens in zip(renderings, Encoder(self.tokenizer, self.template).encode(renderings), strict=True):
+            if tokens is None:
+                raise UserError(f"a prompt spells a control token of the tokenizer, which cannot be kept as text: {rendering.text[:80]!r}")
+            prompts.append(tokens.ids.tolist())
+        return left_pad(prompts, filler_id(self.tokenizer))
+
+    def complete(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, spec: GenerationSpec, streamer: BaseStreamer | None = None
+    ) -> list[str]:
+        """Answers to left-padded prompts.
+
+        Args:
+            input_ids: [B, T] token ids.
+            attention_mask: [B, T], 0 where a row is padding.
+            spec: How answers are drawn. The global random state is left as it was.
+            streamer: Receives the tokens of a single row as they come.
+        """
+        device = next(self.model.parameters()).device
+        sampling = (
+            {"do_sample": True, "temperature": spec.temperature, "top_p": spec.top_p} if spec.temperature > 0 else {"do_sample": False}
+        )
+        stop = [int(i) for i in self.tokenizer.convert_tokens_to_ids(end_tokens(self.template, self.tokenizer))]  # type: ignore[union-attr]
+        config = GenerationConfig(
+            max_new_tokens=spec.max_new_tokens, eos_token_id=stop, pad_token_id=filler_id(self.tokenizer), use_cache=True, **sampling
+        )
+        was_training = self.model.training
+        self.model.eval()
+        devices = [device] if device.type == "cuda" else []
+        with (
+            torch.random.fork_rng(devices),
+            torch.no_grad(),
+            torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32),
+        ):
+            torch.manual_seed(spec.seed)
+            tokens = self.model.generate(
+                input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), generation_config=config, streamer=streamer
+            )
+        self.model.train(was_training)
+        return [self._text(row, stop) for row in tokens[:, input_ids.shape[1] :].tolist()]
+
+    def _text(self, ids: list[int], stop: list[int]) -> str:
+        """Text up to the end of turn. Cut by id: after it a row holds only filler."""
+        end = next((index for index, token in enumerate(ids) if token in stop), len(ids))
+        return str(self.tokenizer.decode(ids[:end], skip_special_tokens=True)).strip()
+
+
+def left_pad(prompts: Sequence[Sequence[int]], filler: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of equal length that end together, and their mask: both [B, T] int64."""
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.full((len(prompts), width), filler)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(list(prompt))
+        mask[row, width - len(prompt) :] = 1
+    return ids, mask
+
+
+def load_assistant(adapter: Path | None, base_model: str | None, template: str | None) -> tuple[Assistant, dict[str, Any]]:
+    """Load a 4-bit base with an adapter, as the adapter's metadata says, or a base alone.
+
+    Args:
+        adapter: A PEFT adapter folder; None for the base alone.
+        base_model: The base; by default the one that the adapter names.
+        template: Prompt template; by default the one that the adapter was trained with.
+
+    Returns:
+        The assistant, and the adapter's metadata ({} without one).
+
+    Raises:
+        UserError: no base is known, or the adapter belongs to another one.
+    """
+    metadata = adapter_metadata(adapter) if adapter else {}
+    base_model = base_model or metadata.get("base_model")
+    if base_model is None:
+        raise UserError("no base model is known: give an adapter folder that this tool wrote, or --base_model NAME")
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    dtype = compute_dtype(metadata.get("compute", "auto"), device)
+    tokenizer = load_tokenizer(base_model, metadata.get("revision"))
+    style = check_template(template or metadata.get("template", "chatml"), tokenizer)
+    say(f"Loading {base_model} in 4 bits onto {device}")
+    model: Any = load_base_model(base_model, QuantizationSpec(**metadata.get("quantization", {})), dtype, device, metadata.get("revision"))
+    if metadata and metadata["base_fingerprint"] != (found := base_fingerprint(model)):
+        raise UserError(
+            f"{adapter} was trained on {metadata['base_model']} with other weights ({metadata['base_fingerprint']}) than "
+            f"{base_model} ({found}); "
+            "give its own base with --base_model"
+        )
+    if adapter:
+        model = attach_lora(model, adapter_spec(adapter))
+        norms_to_fp32(model)
+        load_adapter(model, adapter)
+    return Assistant(model.eval(), tokenizer, style, dtype), metadata
+
+
+def adapter_spec(adapter: Path) -> LoRASpec:
+    """The LoRA settings that an adapter folder records in PEFT's own configuration."""
+    from peft import LoraConfig
+
+    config = LoraConfig.from_pretrained(str(adapter))
+    targets = sorted(config.target_modules) if not isinstance(config.target_modules, str) else [config.target_modules]
+    return LoRASpec(r=config.r, alpha=config.lora_alpha, dropout=0.0, target_modules=targets)

@@ -1,0 +1,236 @@
+"""fit, validate, test and predict: LightningCLI with shared defaults, recipes by name, run folders and checks before anything loads."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace, set_parsing_settings
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from rich.table import Table
+
+from qlora_lightning.callbacks.adapter_checkpoint import FOLDER, AdapterCheckpoint
+from qlora_lightning.callbacks.announce import Announce
+from qlora_lightning.callbacks.monitor import Monitor
+from qlora_lightning.callbacks.progress import RunProgress
+from qlora_lightning.callbacks.random_state import RandomState
+from qlora_lightning.callbacks.samples import Samples
+from qlora_lightning.callbacks.validation import ValidateEvery
+from qlora_lightning.console import console, say
+from qlora_lightning.data.datamodule import InstructionDataModule
+from qlora_lightning.errors import UserError
+from qlora_lightning.loggers import RunCSVLogger, RunWandbLogger
+from qlora_lightning.modeling.adapters import ADAPTER_FILE
+from qlora_lightning.module import QLoRAModule
+from qlora_lightning.parser import OneLineLightningParser
+from qlora_lightning.recipes import find_recipe, shared_defaults
+
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.csv"
+
+
+def run(arguments: list[str]) -> None:
+    """Run one of LightningCLI's commands with ``arguments`` (the command first)."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    command, *options = resolve_recipes(arguments)
+    QLoRACLI([command, "--config", str(shared_defaults()), *options])
+
+
+def resolve_recipes(arguments: list[str]) -> list[str]:
+    """Replace the name of a shipped recipe after ``--config`` by its file."""
+    resolved, is_config = [], False
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if is_config:
+            argument = str(find_recipe(argument))
+        elif name in ("--config", "-c") and equals:
+            argument = f"{name}={find_recipe(value)}"
+        is_config = argument in ("--config", "-c")
+        resolved.append(argument)
+    return resolved
+
+
+class SaveRecipe(SaveConfigCallback):
+    """Write the whole configuration into the run folder and hand it to the loggers."""
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        text = self.parser.dump(self.config, skip_none=False)
+        Path(trainer.default_root_dir, CONFIG_FILE).write_text(text)
+        for logger in trainer.loggers:
+            logger.log_hyperparams(self.config.as_dict())
+
+
+class QLoRACLI(LightningCLI):
+    """``lightning_cli.yaml`` gives the defaults of every run, a recipe what differs, the command line what differs today."""
+
+    def __init__(self, arguments: list[str]) -> None:
+        self.initial_adapter: Path | None = None
+        super().__init__(
+            QLoRAModule,
+            InstructionDataModule,
+            parser_class=OneLineLightningParser,
+            save_config_callback=SaveRecipe,
+            save_config_kwargs={"save_to_log_dir": False},
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            trainer_defaults={"callbacks": [RandomState(), Monitor(), RunProgress(), Announce()]},
+            args=arguments,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(AdapterCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(ValidateEvery, "validation")
+        parser.add_lightning_class_args(Samples, "samples")
+        parser.add_argument("--overwrite", type=bool, default=False, help="Delete the run that the run folder holds and begin anew (fit).")
+        parser.add_argument(
+            "--json", type=bool, default=False, help="Print results as one JSON document on standard output (validate, test)."
+        )
+        parser.link_arguments("model.base_model", "data.base_model")
+        parser.link_arguments("model.revision", "data.base_revision")
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning reads hyperparameters from the checkpoint here; ours are in the recipe, and the file is checked where it is loaded."""
+
+    # ---- before anything is loaded ----
+
+    def before_instantiate_classes(self) -> None:
+        """Settle the run folder, the checkpoint to start from and the loggers."""
+        config = self.config[self.subcommand]
+        self.root = run_folder(config)
+        config.trainer.default_root_dir = str(self.root)
+        self._resuming = config.ckpt_path is not None and self.subcommand == "fit"
+        config.ckpt_path, self.initial_adapter = find_checkpoint(config.ckpt_path, self.root, required=self.subcommand != "fit")
+        if self.subcommand == "fit":
+            prepare_folder(self.root, keep=self._resuming and self.initial_adapter is None, overwrite=config.overwrite)
+        for logger in _as_list(config.trainer.logger):
+            if isinstance(logger, Namespace) and "save_dir" in logger.init_args and logger.init_args.save_dir is None:
+                logger.init_args.save_dir = str(self.root)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Add the CSV logger to whatever a fit logs to; the other commands report on the terminal."""
+        if self.subcommand != "fit":
+            return super().instantiate_trainer(logger=False, **kwargs)
+        chosen = [logger for logger in _as_list(self._get(self.config_init, "trainer")["logger"]) if not isinstance(logger, bool)]
+        for logger in chosen:
+            if isinstance(logger, RunWandbLogger):
+                logger.resume = self._resuming
+        self.csv = RunCSVLogger(str(self.root))
+        return super().instantiate_trainer(logger=[self.csv, *chosen], **kwargs)
+
+    def after_instantiate_classes(self) -> None:
+        """Check what needs no model: the batch arithmetic and the precision."""
+        self.model.initial_adapter = self.initial_adapter
+        self.datamodule.check(self.trainer.accumulate_grad_batches, self.trainer.world_size)
+        if str(self.trainer.precision) not in ("32-true", "bf16-mixed"):
+            raise UserError(
+                f"trainer.precision must stay unset, got {self.trainer.precision}; model.compute chooses the dtype of the products"
+            )
+
+    # ---- after ----
+
+    def after_validate(self) -> None:
+        self._report()
+
+    def after_test(self) -> None:
+        self._report()
+
+    def _report(self) -> None:
+        metrics = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+        if self._get(self.config, "json"):
+            print(json.dumps(metrics))
+            return
+        table = Table(title=f"{self.subcommand} of {self.initial_adapter or self._get(self.config, 'ckpt_path') or self.model.base_model}")
+        table.add_column("metric")
+        table.add_column("value", justify="right")
+        for name, value in sorted(metrics.items()):
+            table.add_row(name, f"{value:.6g}")
+        console.print(table)
+
+    def predict(self, **kwargs: Any) -> None:
+        """Write the answers to the held-out prompts into the run folder."""
+        kwargs["return_predictions"] = True
+        batches: Any = self.trainer.predict(**kwargs)
+        answers = [answer for batch in batches for answer in batch]
+        conversations = self.datamodule.heldout_conversations(len(answers))
+        target = self.root / "predictions.jsonl"
+        with target.open("w", encoding="utf-8") as file:
+            for conversation, answer in zip(conversations, answers, strict=True):
+                row = {"prompt": conversation[-2].content, "generation": answer, "reference": conversation[-1].content}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        say(f"{len(answers)} answers: {target}")
+
+
+def run_folder(config: Namespace) -> Path:
+    """``trainer.default_root_dir``, else ``runs/`` and the name of the last recipe given.
+
+    Raises:
+        UserError: it cannot be made or written to.
+    """
+    root = config.trainer.default_root_dir
+    _, *recipes = [Path(str(file)).stem for file in config.config]  # the first are the shared defaults
+    folder = Path(root) if root else Path("runs", recipes[-1] if recipes else "unnamed")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"run folder {folder} is not writable ({error.strerror}); set --trainer.default_root_dir to one that is") from error
+    return folder
+
+
+def find_checkpoint(given: Any, root: Path, required: bool) -> tuple[str | None, Path | None]:
+    """The checkpoint file to resume from and the adapter folder to start from, of which at most one is set.
+
+    Args:
+        given: ``last``, ``best``, a .ckpt file, an adapter folder, or None.
+        root: The run folder that ``last`` and ``best`` are looked for in.
+        required: Whether a missing ``last`` is an error; a fit without one begins at the beginning, so that one command serves both.
+
+    Raises:
+        UserError: there is no such thing.
+    """
+    if given is None:
+        return None, None
+    path = Path(str(given))
+    if str(given) in ("last", "best"):
+        path = root / FOLDER / f"{given}.ckpt"
+        if not path.is_file() and str(given) == "last" and not required:
+            say(f"No {path} yet: beginning at the beginning")
+            return None, None
+    if path.is_dir() and (path / ADAPTER_FILE).is_file():
+        return None, path
+    if not path.is_file():
+        raise UserError(f"--ckpt_path {given}: there is no {path}; give last, best, a .ckpt file or an adapter folder")
+    return str(path), None
+
+
+def prepare_folder(root: Path, keep: bool, overwrite: bool) -> None:
+    """Make sure that a new run does not mix with an old one.
+
+    Args:
+        root: The run folder.
+        keep: Whether the run continues what the folder holds.
+        overwrite: Whether to delete what the folder holds.
+
+    Raises:
+        UserError: the folder holds a run and neither is asked for.
+    """
+    held = [path for name in (FOLDER, METRICS_FILE) if (path := root / name).exists()]
+    if keep or not held:
+        return
+    if not overwrite:
+        raise UserError(
+            f"run folder {root} holds an earlier run; continue it with --ckpt_path last, name another with --trainer.default_root_dir, "
+            "or delete it with --overwrite true"
+        )
+    for path in held:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]

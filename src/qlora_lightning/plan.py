@@ -1,0 +1,59 @@
+"""What a run will do, from its recipe and its data, before any weight is loaded."""
+
+from typing import Any
+
+from lightning.pytorch import Trainer
+from rich.table import Table
+
+from qlora_lightning.data.datamodule import InstructionDataModule
+from qlora_lightning.modeling.loading import compute_dtype
+from qlora_lightning.module import QLoRAModule
+from qlora_lightning.optim import describe_optimizer
+
+
+def plan_run(trainer: Trainer, module: QLoRAModule, data: InstructionDataModule) -> dict[str, Any]:
+    """The plan of a fit whose data is set up.
+
+    Returns:
+        Line name -> text or number, in the order in which to read them.
+    """
+    steps = total_steps(trainer, data)
+    device = trainer.strategy.root_device
+    accumulate, ranks = trainer.accumulate_grad_batches, trainer.world_size
+    report = data.train_report
+    optimizer, lora = module.optimizer, module.lora
+    supervised = report.supervised_tokens / report.tokens
+    return {
+        "run folder": str(trainer.default_root_dir),
+        "base model": module.base_model,
+        "stored as": f"{module.quantization.quant_type.upper()}{' + double quantisation' if module.quantization.double_quant else ''}",
+        "adapter": f"LoRA r {lora.r}, alpha {lora.alpha}, dropout {lora.dropout:g} on {', '.join(lora.target_modules)}",
+        "device": f"{device}, computing in {str(compute_dtype(module.compute, device)).removeprefix('torch.')}",
+        "data": f"{data.spec.name}: {report.kept:,} rows, {report.tokens:,} tokens, {supervised:.0%} supervised",
+        "left out": ", ".join(f"{count:,} rows: {reason}" for reason, count in report.skipped.items()) or "nothing",
+        "held out": f"{data.val_report.kept:,} rows" if data.val_report else "nothing: no validation rows are named",
+        "template": f"{data.spec.template}; lengths {report.length_min} to {report.length_max}, median {report.length_median:g} tokens",
+        "batch": f"{data.global_batch_size} rows a step = {accumulate} x {data.global_batch_size // (accumulate * ranks)}"
+        + (f" x {ranks} devices" if ranks > 1 else ""),
+        "steps": f"{steps:,} = {steps / data.steps_per_epoch:.2f} epochs of {data.steps_per_epoch:,}",
+        "learning rate": f"{optimizer.learning_rate:g}, {optimizer.schedule}"
+        + (f" after {optimizer.warmup_steps} steps of warm-up" if optimizer.warmup_steps else ""),
+        "optimizer": describe_optimizer(module.policy, device),
+        "checkpointing": f"gradient checkpointing {module.policy.gradient_checkpointing}",
+    }
+
+
+def total_steps(trainer: Trainer, data: InstructionDataModule) -> int:
+    """Optimizer steps of the whole run, from max_steps and max_epochs, whichever ends it first."""
+    limits = [trainer.max_steps] if trainer.max_steps > 0 else []
+    if trainer.max_epochs is not None and trainer.max_epochs > 0:
+        limits.append(trainer.max_epochs * data.steps_per_epoch)
+    return min(limits) if limits else 0
+
+
+def plan_table(plan: dict[str, Any]) -> Table:
+    """The plan for the terminal."""
+    table = Table(title="Plan of the run", title_justify="left", show_header=False)
+    for name, value in plan.items():
+        table.add_row(name, str(value))
+    return table

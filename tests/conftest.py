@@ -1,0 +1,63 @@
+"""Fixtures that need nothing: a tokenizer built in memory and random-weight base models of a few hundred kilobytes."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before any Hugging Face import: no test touches the network
+os.environ.setdefault("WANDB_MODE", "disabled")
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+
+def build_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """Byte-level BPE without merges: one token a byte, then ``<s> </s> <unk> <pad> <|im_start|> <|im_end|>``; 512 ids."""
+    vocabulary = {"<s>": 0, "</s>": 1, "<unk>": 2, "<pad>": 3, "<|im_start|>": 4, "<|im_end|>": 5}
+    for byte in sorted(pre_tokenizers.ByteLevel.alphabet()):
+        vocabulary[byte] = len(vocabulary)
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+    )
+    fast.save_pretrained(folder)
+    return fast
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LLaMA of two layers and 64 channels with random weights and the byte tokenizer, as a local folder."""
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=512,
+        max_position_embeddings=512,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=3,
+        tie_word_embeddings=False,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    build_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tiny_base: Path) -> PreTrainedTokenizerFast:
+    """The byte tokenizer of ``tiny_base``."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny_base)
+    assert isinstance(tokenizer, PreTrainedTokenizerFast)
+    return tokenizer
