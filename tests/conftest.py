@@ -1,6 +1,9 @@
 """Fixtures that need nothing: a tokenizer built in memory and random-weight base models of a few hundred kilobytes."""
 
+import csv
+import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before any Hugging Face import: no test touches the network
@@ -10,6 +13,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from qlora_lightning.cli import main
 
 
 def build_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
@@ -61,3 +66,55 @@ def tiny_tokenizer(tiny_base: Path) -> PreTrainedTokenizerFast:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny_base)
     assert isinstance(tokenizer, PreTrainedTokenizerFast)
     return tokenizer
+
+
+@pytest.fixture(scope="session")
+def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """22 instruction rows of uneven length: five whole steps of four and a short one of two."""
+    file = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    rows = [{"instruction": f"Say {'very ' * (n % 5)}{n}.", "output": f"{'so ' * (n * 7 % 11)}{n}"} for n in range(22)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.fixture
+def fit(tiny_base: Path, rows_file: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Run ``qlora-lightning fit`` in this process on the tiny base; give the run folder. Options are ``name=value`` strings."""
+
+    def run(*options: str, folder: str = "run") -> Path:
+        root = tmp_path / folder
+        command = ["fit", *base_options(tiny_base, rows_file, root), *(part for option in options for part in _split(option))]
+        assert main(command) == 0
+        return root
+
+    return run
+
+
+def _split(option: str) -> list[str]:
+    name, _, value = option.partition("=")
+    return [f"--{name}", value]
+
+
+def base_options(base: Path, rows: Path, root: Path) -> list[str]:
+    """Options of every small run: fp32, four rows a step, no dropout, no W&B."""
+    options = {
+        "model.base_model": base,
+        "model.compute": "fp32",
+        "model.lora.r": 4,
+        "model.lora.dropout": 0.0,
+        "model.optimizer.learning_rate": 0.01,
+        "data.dataset.path": rows,
+        "data.dataset.template": "chatml",
+        "data.global_batch_size": 4,
+        "trainer.accelerator": "cpu",
+        "trainer.logger": "false",
+        "trainer.max_epochs": 1,
+        "trainer.default_root_dir": root,
+    }
+    return [part for name, value in options.items() for part in (f"--{name}", str(value))]
+
+
+def read_metrics(root: Path) -> list[dict[str, str]]:
+    """Rows of a run's metrics.csv."""
+    with (root / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))

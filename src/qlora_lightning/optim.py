@@ -97,7 +97,7 @@ def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
                 values[key] = value.to(parameter.device)
 
 
-def paged_bytes(optimizer: Optimizer) -> int:
-    """Bytes of optimizer state that lie in unified memory."""
-    tensors = (value for values in optimizer.state.values() for value in values.values() if isinstance(value, torch.Tensor))
-    return sum(tensor.nbytes for tensor in tensors if getattr(tensor, "is_paged", False))
+def state_bytes(optimizer: Optimizer) -> tuple[int, int]:
+    """Bytes of the optimizer's state, and how many of them lie in unified memory."""
+    tensors = [value for values in optimizer.state.values() for value in values.values() if isinstance(value, torch.Tensor)]
+    return sum(tensor.nbytes for tensor in tensors), sum(tensor.nbytes for tensor in tensors if getattr(tensor, "is_paged", False))

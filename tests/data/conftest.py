@@ -12,7 +12,11 @@ from transformers import PreTrainedTokenizerFast
 from qlora_lightning.data.spec import DataPath, DatasetSpec
 
 SPECIAL = ["<s>", "</s>", "<unk>", "<pad>", "<|im_start|>", "<|im_end|>"]
-SENTENCES = ["### Human: What is the name of the river?### Assistant: The river is called Elbe.\n\nYes.\n", "user\nassistant\n\n", ".\n\n" * 9]
+SENTENCES = [
+    "### Human: What is the name of the river?### Assistant: The river is called Elbe.\n\nYes.\n",
+    "user\nassistant\n\n",
+    ".\n\n" * 9,
+]
 
 
 def fast_tokenizer(backend: Tokenizer) -> PreTrainedTokenizerFast:

@@ -90,7 +90,7 @@ def test_a_csv_field_may_be_long(tmp_path: Path) -> None:
         ("r.csv", b"a,b\n1,2\n3\n", "r.csv:3: the row must have as many fields as the header"),
         ("r.csv", b"a,b\n1,2,3\n", "r.csv:2: the row must have as many fields as the header"),
         ("r.csv", b'a,b\n"x"y,2\n', "r.csv:2: broken CSV (',' expected"),
-        ("r.csv", b'a,b\n"x,2\ny\n', "r.csv:3: broken CSV (unexpected end of data)"),
+        ("r.csv", b'a,b\n"x,2\ny\n', "r.csv:2: broken CSV (unexpected end of data)"),
         ("r.parquet", b"not parquet", "r.parquet: cannot be read (Parquet"),
         ("r.jsonl.gz", b"not gzip", "r.jsonl.gz: cannot be read (Not a gzipped file"),
         ("r.jsonl.gz", gzip.compress(b'{"a": 1}\n')[:-4], "r.jsonl.gz: cannot be read"),
@@ -119,7 +119,12 @@ def hub_spec(make_spec: Callable[..., DatasetSpec]) -> DatasetSpec:
 
 def test_hub_files_are_fetched_at_the_pinned_revision(hub_spec: DatasetSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr(files, "hf_hub_download", lambda *args, **kwargs: asked.append((args, kwargs)) or f"/cache/{args[1]}")
+
+    def download(*args: str, **options: str) -> str:
+        asked.append((args, options))
+        return f"/cache/{args[1]}"
+
+    monkeypatch.setattr(files, "hf_hub_download", download)
     assert fetch(hub_spec) == (Path("/cache/train.jsonl"), Path("/cache/held.jsonl"))
     assert asked[0] == (("someone/rows", "train.jsonl"), {"repo_type": "dataset", "revision": "0123abc"})
 
@@ -136,7 +141,10 @@ RESPONSE = httpx2.Response(404, request=httpx2.Request("GET", "https://hub.inval
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (LocalEntryNotFoundError("x"), "the hub cannot be reached (HF_HUB_OFFLINE is set or there is no connection); go online or give a local copy"),
+        (
+            LocalEntryNotFoundError("x"),
+            "the hub cannot be reached (HF_HUB_OFFLINE is set or there is no connection); go online or give a local copy",
+        ),
         (OfflineModeIsEnabled("x"), "with --data.dataset.path"),
         (GatedRepoError("x", response=RESPONSE), "train.jsonl of the hub data set someone/rows is gated; accept its terms"),
         (RepositoryNotFoundError("x", response=RESPONSE), "the hub has no data set someone/rows, or not for you"),

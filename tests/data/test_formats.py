@@ -32,7 +32,13 @@ TREE = {
                 "lang": "en",
                 "rank": 0,
                 "replies": [
-                    {"text": "q2", "role": "prompter", "lang": "de", "rank": None, "replies": [{"text": "a2", "role": "assistant", "lang": "en"}]},
+                    {
+                        "text": "q2",
+                        "role": "prompter",
+                        "lang": "de",
+                        "rank": None,
+                        "replies": [{"text": "a2", "role": "assistant", "lang": "en"}],
+                    },
                     {"text": "q3", "role": "prompter", "lang": "en"},
                 ],
             },
@@ -49,6 +55,8 @@ ROWS = [
     ("instruction", {"instruction": "do", "input": None, "output": "done"}, "u: do | a: done"),
     ("instruction", {"instruction": "do", "input": "<noinput>", "output": "done"}, "u: do | a: done"),
     ("instruction", {"instruction": "do", "input": "No input", "output": "done"}, "u: do | a: done"),
+    ("instruction", {"instruction": "do", "input": '"< noinput >"', "output": "done"}, "u: do | a: done"),
+    ("instruction", {"instruction": "do", "input": "?!", "output": "done"}, "u: do [?!] | a: done"),
     ("prompt_response", {"prompt": "p", "response": "r"}, "u: p | a: r"),
     ("prompt_response", {"prompt": "p", "completion": "r"}, "u: p | a: r"),
     ("prompt_response", {"input": "p", "output": "r"}, "u: p | a: r"),

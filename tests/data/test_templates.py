@@ -84,8 +84,10 @@ def test_generation_stops_at_the_templates_end_and_at_eos(tiny_tokenizer: PreTra
 
 
 def test_a_template_that_the_tokenizer_cannot_write_is_refused() -> None:
-    bare = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0})))
-    with pytest.raises(UserError, match=r"chatml needs the token <\|im_start\|>, which the base model's .*; use .* template guanaco$"):
+    bare = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"a": 0}, [])))
+    with pytest.raises(
+        UserError, match=r"chatml needs the token <\|im_start\|>, which the base model's .*; use .* --data.dataset.template guanaco$"
+    ):
         check_template("chatml", bare)
     with pytest.raises(UserError, match="template guanaco ends answers with the tokenizer's eos token, but it has none"):
         check_template("guanaco", bare)

@@ -1,5 +1,6 @@
 """Labels are exactly what the assistant says, in every template, tokenizer and number of turns."""
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from qlora_lightning.data import tokenize
@@ -37,7 +39,9 @@ def supervised(tokenizer: PreTrainedTokenizerFast, example: TokenizedExample) ->
     return decode(tokenizer, example.labels[example.labels != IGNORED])
 
 
-control_words = st.sampled_from(["<|im_end|>", "<s>", "</s>", "<|im_start|>assistant\n", "### Response:", "### Assistant:", "\n", " ", "<pad>"])
+control_words = st.sampled_from(
+    ["<|im_end|>", "<s>", "</s>", "<|im_start|>assistant\n", "### Response:", "### Assistant:", "\n", " ", "<pad>"]
+)
 contents = st.lists(st.one_of(st.text(max_size=8), control_words), min_size=1, max_size=4).map("".join).filter(str.strip)
 conversations = st.lists(st.tuples(contents, contents), min_size=1, max_size=5)
 
@@ -100,7 +104,7 @@ def test_sentencepiece_tokens_are_those_of_inference(sentencepiece_tokenizer: Pr
     ids, labels = dataset[0]
     assert ids[: len(prompt)].tolist() == prompt
     assert set(labels[: len(prompt)]) == {IGNORED}
-    assert sentencepiece_tokenizer.convert_ids_to_tokens(int(labels[len(prompt)])).startswith("▁The")
+    assert str(sentencepiece_tokenizer.convert_ids_to_tokens(int(labels[len(prompt)]))).startswith("▁T")
 
 
 def test_a_token_that_begins_in_the_prompt_is_counted_and_not_trained_on(
@@ -114,24 +118,24 @@ def test_a_token_that_begins_in_the_prompt_is_counted_and_not_trained_on(
 def test_a_control_token_in_a_message_stays_text(tiny_tokenizer: PreTrainedTokenizerFast, make_spec: SpecMaker) -> None:
     rows = located(turns("say <|im_end|> and </s>", "<s>ok<|im_start|>"), turns("q", "a"))
     dataset, report = prepare(rows, make_spec(), tiny_tokenizer)
-    start, end = tiny_tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
-    assert [int(np.sum(dataset[0].input_ids == token)) for token in (start, end, 1, 0)] == [2, 2, 0, 1]
+    ids = [tiny_tokenizer.convert_tokens_to_ids(token) for token in ("<|im_start|>", "<|im_end|>", "</s>", "<s>")]
+    assert [int(np.sum(dataset[0].input_ids == number)) for number in ids] == [2, 2, 0, 1]
     assert decode(tiny_tokenizer, dataset[0].input_ids).count("<|im_end|>") == 3
     assert report.respelled == 1
 
 
 def test_a_control_token_that_cannot_be_taken_apart_costs_the_row(make_spec: SpecMaker, merging_tokenizer: PreTrainedTokenizerFast) -> None:
-    """Tokens that a tokenizer adds without calling them special are never split."""
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=merging_tokenizer.backend_tokenizer, eos_token="</s>")
-    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"])
-    plain = [n for n, token in tokenizer.added_tokens_decoder.items() if token.content.startswith("<|") and token.special]
-    rows = located(turns("say <|im_end|>", "a"), turns("q", "a"))
-    _, report = prepare(rows, make_spec(), tokenizer)
-    assert (plain, report.kept, report.skipped) == ([], 1, {"text spells a control token": 1}) or report.respelled == 1
+    """Tokens that a tokenizer knows without calling them special are never split."""
+    state = json.loads(merging_tokenizer.backend_tokenizer.to_str())
+    for token in state["added_tokens"]:
+        token["special"] = not token["content"].startswith("<|")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), eos_token="</s>")
+    _, report = prepare(located(turns("say <|im_end|>", "a"), turns("q", "a")), make_spec(), tokenizer)
+    assert (report.kept, report.skipped) == (1, {"text spells a control token": 1})
 
 
 def test_train_on_source_trains_on_everything_but_bos(tiny_tokenizer: PreTrainedTokenizerFast, make_spec: SpecMaker) -> None:
-    (example,) = [prepare(located(turns("q", "a")), make_spec(template="guanaco", train_on_source=True), tiny_tokenizer)[0][0]]
+    example = prepare(located(turns("q", "a")), make_spec(template="guanaco", train_on_source=True), tiny_tokenizer)[0][0]
     assert example.labels[0] == IGNORED
     assert decode(tiny_tokenizer, example.labels[1:]) == "### Human: q### Assistant: a</s>"
 
@@ -165,7 +169,9 @@ def test_a_cut_answer_ends_with_its_end_token_and_is_counted(tiny_tokenizer: Pre
 
 def test_when_no_row_is_left_the_error_says_why(tiny_tokenizer: PreTrainedTokenizerFast, make_spec: SpecMaker) -> None:
     rows = located(turns("q", ""), turns("q", "a" * 99))
-    with pytest.raises(UserError, match="no row of the data set is left to use: 1 empty answer, 1 longer than max_length, of 2 rows; correct"):
+    with pytest.raises(
+        UserError, match="no row of the data set is left to use: 1 empty answer, 1 longer than max_length, of 2 rows; correct"
+    ):
         prepare(rows, make_spec(max_length=50), tiny_tokenizer)
     with pytest.raises(UserError, match="1 no supervised token left after truncation, of 1 rows"):
         prepare(located(turns("q" * 99, "a")), make_spec(max_length=50, truncation="right"), tiny_tokenizer)
@@ -217,7 +223,8 @@ def test_the_fingerprint_sees_labels(tiny_tokenizer: PreTrainedTokenizerFast, ma
 
 def test_a_token_belongs_to_the_span_in_which_it_starts() -> None:
     """An end token that takes the line end behind it along (some do) is still the answer's."""
-    tokens = tokenize.Encoded(*(np.array(values, dtype=np.int32) for values in ([1, 2, 3, 4], [0, 4, 6, 9], [4, 6, 9, 10])), respelled=False)
+    ids, starts, ends = np.array([[1, 2, 3, 4], [0, 4, 6, 9], [4, 6, 9, 10]], dtype=np.int32)
+    tokens = tokenize.Encoded(ids, starts, ends, respelled=False)
     mask, straddling = answer_mask(tokens, [(4, 8)])
     assert (mask.tolist(), straddling) == ([False, True, True, False], 0)
     assert answer_mask(tokens, [(5, 8)])[1] == 1

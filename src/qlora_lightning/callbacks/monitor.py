@@ -7,6 +7,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.optim import Optimizer
+
+from qlora_lightning.console import say
+from qlora_lightning.optim import state_bytes
 
 GIB = 2**30
 
@@ -28,6 +32,7 @@ class Monitor(Callback):
         self._tokens = 0
         self._supervised = 0
         self._step = 0
+        self._said = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step = trainer.global_step
@@ -49,4 +54,13 @@ class Monitor(Callback):
         pl_module.log("train/supervised_fraction", self._supervised / self._tokens)
         pl_module.log("train/learning_rate", trainer.optimizers[0].param_groups[0]["lr"])
         pl_module.log("memory/peak_gib", peak_memory_gib(pl_module.device))
+        if not self._said:
+            self._said = True
+            say_optimizer_state(trainer.optimizers[0])
         self._step, self._started, self._tokens, self._supervised = trainer.global_step, now, 0, 0
+
+
+def say_optimizer_state(optimizer: Optimizer) -> None:
+    """Say, after the first update of a session, how large the optimizer's state is and how much of it can be paged out."""
+    all_bytes, paged = state_bytes(optimizer)
+    say(f"Optimizer state: {all_bytes / GIB:.2f} GiB, {paged / GIB:.2f} GiB of it in unified memory")

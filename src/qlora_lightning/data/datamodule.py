@@ -1,7 +1,7 @@
 """The instruction set as Lightning sees it: rows to loaders, and the place in the data that a checkpoint remembers."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedTokenizerFast
 
 from qlora_lightning.data.collate import Collator
@@ -104,7 +104,8 @@ class InstructionDataModule(LightningDataModule):
             self._fingerprint = self.train_set.fingerprint()
         if self.val_set is None and stage in ("validate", "test", "predict"):
             raise UserError(
-                f"{stage} needs validation rows, but the data set has none; set --data.dataset.validation_size or validation_path"
+                "validate, test and predict need validation rows, but the data set has none; "
+                "set --data.dataset.validation_size or --data.dataset.validation_path"
             )
 
     def _rows(self) -> tuple[_Located, _Located]:
@@ -185,12 +186,10 @@ class InstructionDataModule(LightningDataModule):
         self.check(self.trainer.accumulate_grad_batches, self.trainer.world_size)
         epoch, start = self._cursor()
         sampler = self._sampler(epoch, start, self._limit(len(self._sampler(0, 0, None))))
-        dataset: Any = StepDataset(self.train_set)
-        collate: Callable[[Any], Any] = self._collator.train
         return StepLoader(
-            dataset,
-            batch_sampler=sampler,  # type: ignore[arg-type]  # a microbatch is more than a list of indices
-            collate_fn=collate,
+            StepDataset(self.train_set),
+            sampler,
+            collate_fn=self._collator.train,
             num_workers=self.num_workers,
             generator=own_generator(self.seed),
         )
@@ -200,7 +199,8 @@ class InstructionDataModule(LightningDataModule):
         if self.val_set is None:
             return []
         order = np.argsort(-self.val_set.lengths, kind="stable").tolist()
-        return self._loader(self.val_set, order, self._collator.evaluation)
+        examples: Any = self.val_set
+        return self._loader(Subset(examples, order), self._collator.evaluation)
 
     def test_dataloader(self) -> DataLoader[Any] | list[Any]:
         """The validation rows: an instruction set has no third part."""
@@ -210,16 +210,15 @@ class InstructionDataModule(LightningDataModule):
         """The validation prompts, left-padded, in the order of ``heldout_conversations``."""
         renderings = [render_prompt(conversation, self.template, self.tokenizer) for conversation in self.heldout_conversations()]
         prompts = [tokens.ids for tokens in Encoder(self.tokenizer, self.template).encode(renderings) if tokens is not None]
-        return self._loader(prompts, range(len(prompts)), self._collator.prompts)
+        return self._loader(prompts, self._collator.prompts)
 
     @property
     def _collator(self) -> Collator:
         return Collator(filler_id(self.tokenizer), self.pad_to_multiple_of)
 
-    def _loader(self, dataset: Any, order: Sequence[int], collate: Callable[[Any], Any]) -> DataLoader[Any]:
-        batches = [list(order[start : start + self.eval_batch_size]) for start in range(0, len(order), self.eval_batch_size)]
+    def _loader(self, dataset: Any, collate: Callable[[Any], Any]) -> DataLoader[Any]:
         return DataLoader(
-            dataset, batch_sampler=batches, collate_fn=collate, num_workers=self.num_workers, generator=own_generator(self.seed)
+            dataset, batch_size=self.eval_batch_size, collate_fn=collate, num_workers=self.num_workers, generator=own_generator(self.seed)
         )
 
     # Checkpoints

@@ -117,8 +117,8 @@ def _csv(path: Path) -> Iterator[tuple[int, Row]]:
                 raise UserError(f"{path}:{rows.line_num}: the row must have as many fields as the header; correct its commas or quotes")
             yield rows.line_num, row
     except csv.Error as error:
-        line = min(rows.line_num + 1, text.getvalue().count("\n"))  # the reader has not counted the line that it failed on
-        raise UserError(f"{path}:{line}: broken CSV ({error}); correct the line's quotes") from error
+        # line_num is where the last good row ended
+        raise UserError(f"{path}:{rows.line_num + 1}: broken CSV ({error}); correct the quotes of this row") from error
 
 
 def _parquet(path: Path) -> Iterator[tuple[int, Row]]:

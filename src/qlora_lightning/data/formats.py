@@ -40,6 +40,7 @@ _ROLES: dict[str, Role] = {
     "gpt": "assistant",
 }
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_NO_INPUT = ("noinput", "noinputneeded", "noinputrequired")  # as Alpaca's rows spell it, in many ways, once signs and blanks are gone
 _PAIRS = (("prompt", "response"), ("prompt", "completion"), ("input", "output"))
 
 
@@ -70,7 +71,7 @@ def _fields(row: Row) -> str:
 def instruction(row: Row, where: str) -> list[Conversation]:
     """Alpaca: ``instruction``, ``output`` and an optional ``input``, where ``<noinput>``, its variants and "" mean that there is none."""
     context = text_of(row, "input", where, may_be_empty=True) if row.get("input") is not None else ""
-    if context.strip().strip("<>").replace(" ", "").lower() in ("", "noinput"):
+    if not context.strip() or re.sub(r"[\W_]+", "", context.lower()) in _NO_INPUT:
         context = ""
     ask = Message("user", text_of(row, "instruction", where), context)
     return [[ask, Message("assistant", text_of(row, "output", where, may_be_empty=True))]]

@@ -75,8 +75,9 @@ class Microbatch:
 class StepSampler(Sampler[Microbatch]):
     """The microbatches of one epoch after another, the first from a given optimizer step on.
 
-    ``iter()`` plans its epoch at once and moves on to the next: a loader that fetches ahead cannot disturb it. ``len()`` is always a full
-    epoch's, as Lightning counts a resumed epoch from its beginning.
+    ``iter()`` plans the epoch at once, so that nothing that happens later disturbs it; ``advance()`` moves on to the next. The two are
+    apart because a loader with workers calls ``iter()`` twice an epoch. ``len()`` is always a full epoch's, as Lightning counts a resumed
+    epoch from its beginning.
 
     Args:
         dataset: gives lengths and targets.
@@ -116,9 +117,11 @@ class StepSampler(Sampler[Microbatch]):
         return full * self._microbatches + ceil(rest / (self._global_batch_size // self._microbatches))
 
     def __iter__(self) -> Iterator[Microbatch]:
-        planned = self._plan()
+        return iter(self._plan())
+
+    def advance(self) -> None:
+        """From now on ``iter()`` gives the next epoch, whole."""
         self.epoch, self.start = self.epoch + 1, 0
-        return iter(planned)
 
     def _plan(self) -> list[Microbatch]:
         steps = plan_epoch(self._lengths, self._global_batch_size, self._seed, self.epoch, self._group_by_length)
@@ -154,11 +157,21 @@ class StepDataset:
 
 
 class StepLoader(DataLoader[Any]):
-    """A loader that Lightning knows to be resumable.
+    """A loader of planned steps that Lightning knows to be resumable. Each ``iter()`` gives the sampler's next epoch.
 
     It keeps no state: how far it has fetched runs ahead of training. Where to go on follows from the trainer's global step, for which the
     data module builds the sampler anew.
     """
+
+    def __init__(self, dataset: StepDataset, sampler: StepSampler, **options: Any) -> None:
+        """``options`` as for ``DataLoader``."""
+        super().__init__(dataset, batch_sampler=sampler, **options)  # type: ignore[arg-type]  # a microbatch is more than indices
+        self._steps = sampler
+
+    def __iter__(self) -> Any:
+        iterator = super().__iter__()  # has planned its epoch
+        self._steps.advance()
+        return iterator
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: see the class."""

@@ -199,8 +199,9 @@ def check_template(name: str, tokenizer: PreTrainedTokenizerBase) -> Template:
         raise UserError(
             f"template {name} ends answers with the tokenizer's eos token, but it has none; use another base or template chatml"
         )
+    vocabulary = tokenizer.get_vocab() if template.control else {}
     for token in template.control:
-        if len(tokenizer.encode(token, add_special_tokens=False)) != 1:
+        if token not in vocabulary or tokenizer.encode(token, add_special_tokens=False) != [vocabulary[token]]:
             raise UserError(
                 f"template {name} needs the token {token}, which the base model's tokenizer does not have; "
                 "use a base model trained with it or set --data.dataset.template guanaco"
