@@ -44,7 +44,9 @@ def write_checkpoint(size: str, folder: Path) -> Path:
         return (torch.randn(*shape, device=device, dtype=torch.bfloat16) * 0.02).cpu()
 
     ones = torch.ones(hidden, dtype=torch.bfloat16)
-    shards = [{"model.embed_tokens.weight": random(vocabulary, hidden), "model.norm.weight": ones, "lm_head.weight": random(vocabulary, hidden)}]
+    shards = [
+        {"model.embed_tokens.weight": random(vocabulary, hidden), "model.norm.weight": ones, "lm_head.weight": random(vocabulary, hidden)}
+    ]
     weight_map: dict[str, str] = {}
     for index in range(layers + 1):
         shard = shards[0] if index == 0 else _layer(index - 1, hidden, intermediate, hidden // heads * kv_heads, random)

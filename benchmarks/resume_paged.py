@@ -1,7 +1,7 @@
 """Does a resumed run stay paged, and give the same losses? Fit 20 steps, fit 10 and resume to 20, compare the streams bit for bit.
 
-    python benchmarks/random_llama.py 7b /tmp/7b
-    python benchmarks/resume_paged.py /tmp/7b
+python benchmarks/random_llama.py 7b /tmp/7b
+python benchmarks/resume_paged.py /tmp/7b
 """
 
 import argparse

@@ -107,7 +107,7 @@ def test_mode_of_the_environment_wins(fresh_wandb: pytest.MonkeyPatch) -> None:
 
 def test_unknown_mode_is_the_users_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "of")
-    with pytest.raises(UserError, match="WANDB_MODE must be one of online, offline, .*, got 'of'; unset it"):
+    with pytest.raises(UserError, match=r"WANDB_MODE must be one of online, offline, .*, got 'of'; unset it"):
         wandb_mode()
 
 
@@ -179,6 +179,8 @@ def config_of(records: list[Record]) -> dict[str, Any]:
 
 
 def offline_records(folder: Path) -> list[list[Record]]:
+    """Records of each offline run, the oldest first; W&B is stopped before, as at the end of a process."""
+    wandb.teardown()
     return [records_of(file) for file in sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda file: file.stat().st_mtime)]
 
 

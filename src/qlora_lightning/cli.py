@@ -33,11 +33,14 @@ PLAIN_COMMANDS: dict[str, tuple[str | dict[str, str], str]] = {
 }
 
 
+SWITCHES = ("--json", "--overwrite")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a command and give its exit code: 0, 2 for a user's mistake (one line on standard error), 1 for a defect of ours."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
-    arguments = [argument for argument in arguments if argument != "--debug"]
+    arguments = _complete_flags([argument for argument in arguments if argument != "--debug"])
     _quieten()
     try:
         return _run(arguments)
@@ -123,6 +126,15 @@ def overview() -> str:
             "Every command explains its options with --help; --debug shows the traceback of an error.",
         ]
     )
+
+
+def _complete_flags(arguments: list[str]) -> list[str]:
+    """Let a switch stand alone: jsonargparse wants a value after every option."""
+    followers = [*arguments[1:], "--"]
+    return [
+        f"{argument}=true" if argument in SWITCHES and follower.startswith("-") else argument
+        for argument, follower in zip(arguments, followers, strict=False)
+    ]
 
 
 def _nearest(command: str) -> str:

@@ -117,9 +117,11 @@ class QLoRACLI(LightningCLI):
         chosen = [logger for logger in _as_list(self._get(self.config_init, "trainer")["logger"]) if not isinstance(logger, bool)]
         for logger in chosen:
             if isinstance(logger, RunWandbLogger):
-                logger.resume = self._resuming
-        self.csv = RunCSVLogger(str(self.root))
-        return super().instantiate_trainer(logger=[self.csv, *chosen], **kwargs)
+                logger.resume = self._resuming and self.initial_adapter is None
+        csv = RunCSVLogger(str(self.root))
+        if self._get(self.config, "ckpt_path") is None:
+            csv.truncate_after(0)  # of a run that ended before its first checkpoint
+        return super().instantiate_trainer(logger=[csv, *chosen], **kwargs)
 
     def after_instantiate_classes(self) -> None:
         """Check what needs no model: the batch arithmetic and the precision."""

@@ -21,10 +21,12 @@ import wandb
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch import Tensor
 
 from qlora_lightning.console import say
 from qlora_lightning.errors import UserError
 
+WANDB_MODES = ("online", "offline", "disabled", "shared", "dryrun")
 HOST_SECONDS = 3.0
 """How long to look for the W&B server before recording offline."""
 
@@ -42,19 +44,16 @@ class RunCSVLogger(Logger):
         self._columns: list[str] | None = None
 
     @property
-    def name(self) -> str:
-        """Empty: the run folder is the name."""
-        return ""
-
-    @property
-    def version(self) -> str:
-        """Empty: a resumed run is the same run, so there are no versions."""
-        return ""
-
-    @property
     def save_dir(self) -> str:
         """Folder of the run."""
         return self._save_dir
+
+    @property
+    def name(self) -> str:
+        """Empty, as is the version: the run folder names the run, and a resumed run is the same one."""
+        return ""
+
+    version = name
 
     @property
     def path(self) -> Path:
@@ -68,7 +67,8 @@ class RunCSVLogger(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Append one row. ``step`` is the optimizer step, counted from 0; a name not seen before adds a column."""
-        row = {"step": "" if step is None else str(step), **{name: str(_number(value)) for name, value in metrics.items()}}
+        numbers = {name: str(value.item() if isinstance(value, Tensor) else value) for name, value in metrics.items()}
+        row = {"step": "" if step is None else str(step), **numbers}
         columns = self._read_columns()
         new = [name for name in row if name not in columns]
         if new:
@@ -119,13 +119,6 @@ class RunCSVLogger(Logger):
         return self.path.with_suffix(".csv.tmp")
 
 
-def _number(value: Any) -> Any:
-    return value.item() if hasattr(value, "item") else value
-
-
-WANDB_MODES = ("online", "offline", "disabled", "shared", "dryrun")
-
-
 class WandbMode(NamedTuple):
     """How W&B records, and why: ``mode`` is online, offline, disabled or what WANDB_MODE says."""
 
@@ -141,22 +134,15 @@ def wandb_mode(seconds: float = HOST_SECONDS) -> WandbMode:
     """
     if (word := os.environ.get("WANDB_MODE", "online")) not in WANDB_MODES:
         raise UserError(f"WANDB_MODE must be one of {', '.join(WANDB_MODES)}, got {word!r}; unset it to let the run decide")
-    wandb.setup(settings=wandb.Settings(silent=True))
-    wish = os.environ.get("WANDB_MODE") or _configured_mode()
-    if wish:
+    settings = wandb.setup(settings=wandb.Settings(silent=True)).settings
+    stored = None if settings.mode == "online" else settings.mode  # `wandb offline` stores one; online is only the default, no wish
+    if wish := os.environ.get("WANDB_MODE") or stored:
         return WandbMode("offline" if wish == "dryrun" else wish, "WANDB_MODE or W&B settings")
     if not wandb_logged_in():
         return WandbMode("offline", "no API key; `wandb login` stores one")
-    host = wandb.setup().settings.base_url
-    if not reachable(host, seconds):
-        return WandbMode("offline", f"{host} not reachable within {seconds:g} s")
+    if not reachable(settings.base_url, seconds):
+        return WandbMode("offline", f"{settings.base_url} not reachable within {seconds:g} s")
     return WandbMode("online", "API key found and server reachable")
-
-
-def _configured_mode() -> str | None:
-    """What `wandb offline` or `wandb disabled` stored; online is only W&B's default, no wish."""
-    mode = wandb.setup().settings.mode
-    return None if mode == "online" else mode
 
 
 def wandb_logged_in() -> bool:
@@ -300,12 +286,16 @@ class RunWandbLogger(WandbLogger):
         record = Path(run.settings.sync_file)
         size_before_bytes = record.stat().st_size
         run.finish(exit_code)
-        _wait_for_growth(record, size_before_bytes, seconds=5.0)
+        _wait_until_written(record, size_before_bytes, seconds=10.0)
         say(f"W&B recorded offline ({self._mode.reason}); upload with: wandb sync {record.parent}")
 
 
-def _wait_for_growth(file: Path, size_bytes: int, seconds: float) -> None:
-    """W&B writes the last block of an offline run after ``finish`` returns, and an exit right then has been seen to lose it."""
+def _wait_until_written(file: Path, size_bytes: int, seconds: float) -> None:
+    """W&B still writes an offline run after ``finish`` returns, and an exit right then has been seen to lose it: wait until the file
+    is larger than ``size_bytes`` and has not grown for half a second."""
     give_up = time.monotonic() + seconds
-    while file.stat().st_size <= size_bytes and time.monotonic() < give_up:
+    before, still_since = size_bytes, time.monotonic()
+    while time.monotonic() < give_up and (before == size_bytes or time.monotonic() - still_since < 0.5):
         time.sleep(0.05)
+        if (now := file.stat().st_size) != before:
+            before, still_since = now, time.monotonic()

@@ -101,11 +101,9 @@ class QLoRAModule(LightningModule):
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
         optimizer = build_optimizer(parameters, self.optimizer, self.policy, device)
         say(f"Optimizer: {describe_optimizer(self.policy, device)}; gradient checkpointing: {self.policy.gradient_checkpointing}")
-        total_steps = int(self.trainer.estimated_stepping_batches)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": build_schedule(optimizer, self.optimizer, total_steps), "interval": "step"},
-        }
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]  (estimated_stepping_batches would build loaders before a resume)
+        schedule = build_schedule(optimizer, self.optimizer, data.total_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context in which the model computes; fp32 adapter weights are used in the compute dtype inside it."""
@@ -143,11 +141,12 @@ class QLoRAModule(LightningModule):
         return share * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Log the step's loss and the norm of its gradient before clipping."""
+        """Log the step's loss, the norm of its gradient before clipping, and the learning rate that it uses."""
         gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
         self._grad_norm = torch.nn.utils.get_total_norm(gradients)
-        self.log("train/loss", self._step_loss, prog_bar=True)
+        self.log("train/loss", self._step_loss)
         self.log("train/grad_norm", self._grad_norm)
+        self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
         self._step_loss = 0.0
 
     def configure_gradient_clipping(
@@ -181,7 +180,7 @@ class QLoRAModule(LightningModule):
         loss_sum, tokens = self.trainer.strategy.reduce(torch.stack(self._validation_sums).sum(0), reduce_op="sum")
         self._validation_sums.clear()
         loss = loss_sum / tokens
-        self.log(f"{stage}/loss", loss.float(), prog_bar=True)
+        self.log(f"{stage}/loss", loss.float())
         self.log(f"{stage}/perplexity", loss.exp().float())
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[str]:

@@ -17,7 +17,7 @@ def plan_run(trainer: Trainer, module: QLoRAModule, data: InstructionDataModule)
     Returns:
         Line name -> text or number, in the order in which to read them.
     """
-    steps = total_steps(trainer, data)
+    steps = data.total_steps
     device = trainer.strategy.root_device
     accumulate, ranks = trainer.accumulate_grad_batches, trainer.world_size
     report = data.train_report
@@ -41,14 +41,6 @@ def plan_run(trainer: Trainer, module: QLoRAModule, data: InstructionDataModule)
         "optimizer": describe_optimizer(module.policy, device),
         "checkpointing": f"gradient checkpointing {module.policy.gradient_checkpointing}",
     }
-
-
-def total_steps(trainer: Trainer, data: InstructionDataModule) -> int:
-    """Optimizer steps of the whole run, from max_steps and max_epochs, whichever ends it first."""
-    limits = [trainer.max_steps] if trainer.max_steps > 0 else []
-    if trainer.max_epochs is not None and trainer.max_epochs > 0:
-        limits.append(trainer.max_epochs * data.steps_per_epoch)
-    return min(limits) if limits else 0
 
 
 def plan_table(plan: dict[str, Any]) -> Table:

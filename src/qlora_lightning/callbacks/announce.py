@@ -1,12 +1,14 @@
 """What a run is going to do, before the model loads, and where its result lies, at the end."""
 
 import time
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from qlora_lightning.callbacks.adapter_checkpoint import run_checkpoints
 from qlora_lightning.callbacks.monitor import peak_memory_gib
 from qlora_lightning.console import console, say
+from qlora_lightning.loggers import RunCSVLogger
 from qlora_lightning.module import QLoRAModule
 from qlora_lightning.plan import plan_run, plan_table
 
@@ -35,6 +37,12 @@ class Announce(Callback):
                 logger.log_metrics({"val/loss": loss, "val/perplexity": float(trainer.callback_metrics["val/perplexity"])}, step=0)
         self._heldout.append(loss)
         say(f"Held-out loss {'before training' if trainer.sanity_checking else f'after step {trainer.global_step}'}: {loss:.4f}")
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Drop the metrics that a resumed run is about to log again."""
+        for logger in trainer.loggers:
+            if isinstance(logger, RunCSVLogger):
+                logger.truncate_after(checkpoint["global_step"])
 
     def state_dict(self) -> dict[str, list[float]]:
         return {"heldout": self._heldout}

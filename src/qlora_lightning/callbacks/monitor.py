@@ -24,7 +24,7 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 class Monitor(Callback):
-    """Logs train/tokens_per_second (non-padding input tokens), train/supervised_fraction, train/learning_rate and memory/peak_gib."""
+    """Logs train/tokens_per_second (non-padding input tokens), train/supervised_fraction and memory/peak_gib."""
 
     def __init__(self) -> None:
         self._started = 0.0
@@ -50,9 +50,8 @@ class Monitor(Callback):
         if trainer.global_step == self._step:
             return  # the step is not complete
         now = time.perf_counter()
-        pl_module.log("train/tokens_per_second", self._tokens / (now - self._started), prog_bar=True)
+        pl_module.log("train/tokens_per_second", self._tokens / (now - self._started))
         pl_module.log("train/supervised_fraction", self._supervised / self._tokens)
-        pl_module.log("train/learning_rate", trainer.optimizers[0].param_groups[0]["lr"])
         pl_module.log("memory/peak_gib", peak_memory_gib(pl_module.device))
         if not self._said:
             self._said = True

@@ -151,6 +151,15 @@ class InstructionDataModule(LightningDataModule):
         limit = self._limit(len(self._sampler(0, 0, None)))
         return steps if limit is None else ceil(limit / self.trainer.accumulate_grad_batches)
 
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole fit: as many as max_steps or max_epochs allow, whichever ends it first."""
+        assert self.trainer is not None
+        limits = [self.trainer.max_steps] if self.trainer.max_steps > 0 else []
+        if self.trainer.max_epochs is not None and self.trainer.max_epochs > 0:
+            limits.append(self.trainer.max_epochs * self.steps_per_epoch)
+        return min(limits, default=0)
+
     def _limit(self, microbatches: int) -> int | None:
         """The trainer's own limit on an epoch, in microbatches; a part of a step left over at its end becomes a short step."""
         assert self.trainer is not None
