@@ -58,7 +58,7 @@ def write_checkpoint(size: str, folder: Path) -> Path:
     return folder
 
 
-def _layer(index: int, hidden: int, intermediate: int, kv_hidden: int, random) -> dict[str, torch.Tensor]:  # noqa: ANN001
+def _layer(index: int, hidden: int, intermediate: int, kv_hidden: int, random) -> dict[str, torch.Tensor]:
     prefix = f"model.layers.{index}."
     shapes = {
         "self_attn.q_proj": (hidden, hidden),

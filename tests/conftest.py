@@ -17,6 +17,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from qlora_lightning.cli import main
 
 
+torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
+
+
 def build_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """Byte-level BPE without merges: one token a byte, then ``<s> </s> <unk> <pad> <|im_start|> <|im_end|>``; 512 ids."""
     vocabulary = {"<s>": 0, "</s>": 1, "<unk>": 2, "<pad>": 3, "<|im_start|>": 4, "<|im_end|>": 5}

@@ -67,7 +67,7 @@ def test_padding_changes_nothing(module: QLoRAModule) -> None:
 
 
 def test_base_model_gradient_survives_evaluation(module: QLoRAModule, tiny_base: Path) -> None:
-    """A forward in eval mode must not change the 4-bit weights' layout: bitsandbytes would, on CPUs with AVX512-BF16, and then train wrong."""
+    """A forward in eval mode must leave the 4-bit weights as they are: bitsandbytes repacks them on some CPUs, and then trains wrong."""
     batch = make_batch([9, 17], [4, 3], width=17)
     before = gradients(module, module.cross_entropy_sum(batch))
     module.model.eval()
@@ -143,7 +143,7 @@ def step_tokens(base: Path, rows: Path) -> list[int]:
     return [sum(counts[index] for index in step) for step in plan]
 
 
-def set_up(base: Path, rows: Path):  # noqa: ANN201
+def set_up(base: Path, rows: Path):
     """A data module outside a Trainer."""
     from qlora_lightning.data.datamodule import InstructionDataModule
     from qlora_lightning.data.spec import DataPath, DatasetSpec

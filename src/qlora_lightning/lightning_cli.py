@@ -68,6 +68,7 @@ class QLoRACLI(LightningCLI):
     """``lightning_cli.yaml`` gives the defaults of every run, a recipe what differs, the command line what differs today."""
 
     def __init__(self, arguments: list[str]) -> None:
+        self._command = arguments[0]
         self.initial_adapter: Path | None = None
         super().__init__(
             QLoRAModule,
@@ -80,6 +81,10 @@ class QLoRACLI(LightningCLI):
             trainer_defaults={"callbacks": [RandomState(), Monitor(), RunProgress(), Announce()]},
             args=arguments,
         )
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """The one command that was asked for: to build the options of all four costs seconds at every start."""
+        return {self._command: LightningCLI.subcommands()[self._command]}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(AdapterCheckpoint, "checkpoint")
@@ -103,6 +108,8 @@ class QLoRACLI(LightningCLI):
         self.root = run_folder(config)
         config.trainer.default_root_dir = str(self.root)
         self._resuming = config.ckpt_path is not None and self.subcommand == "fit"
+        if "verbose" in config:
+            config.verbose = False  # Lightning's own table would go to standard output; `_report` takes its place
         config.ckpt_path, self.initial_adapter = find_checkpoint(config.ckpt_path, self.root, required=self.subcommand != "fit")
         if self.subcommand == "fit":
             prepare_folder(self.root, keep=self._resuming and self.initial_adapter is None, overwrite=config.overwrite)

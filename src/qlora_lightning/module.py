@@ -101,7 +101,7 @@ class QLoRAModule(LightningModule):
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
         optimizer = build_optimizer(parameters, self.optimizer, self.policy, device)
         say(f"Optimizer: {describe_optimizer(self.policy, device)}; gradient checkpointing: {self.policy.gradient_checkpointing}")
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]  (estimated_stepping_batches would build loaders before a resume)
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         schedule = build_schedule(optimizer, self.optimizer, data.total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
