@@ -24,7 +24,7 @@ from qlora_lightning.errors import UserError
 from qlora_lightning.loggers import RunCSVLogger, RunWandbLogger
 from qlora_lightning.modeling.adapters import ADAPTER_FILE
 from qlora_lightning.module import QLoRAModule
-from qlora_lightning.parser import OneLineLightningParser
+from qlora_lightning.parser import OneLineParser
 from qlora_lightning.recipes import find_recipe, shared_defaults
 
 CONFIG_FILE = "config.yaml"
@@ -33,7 +33,6 @@ METRICS_FILE = "metrics.csv"
 
 def run(arguments: list[str]) -> None:
     """Run one of LightningCLI's commands with ``arguments`` (the command first)."""
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
     command, *options = resolve_recipes(arguments)
     QLoRACLI([command, "--config", str(shared_defaults()), *options])
 
@@ -52,6 +51,10 @@ def resolve_recipes(arguments: list[str]) -> list[str]:
     return resolved
 
 
+class OneLineLightningParser(OneLineParser, LightningArgumentParser):
+    """LightningCLI's parser with errors of one line."""
+
+
 class SaveRecipe(SaveConfigCallback):
     """Write the whole configuration into the run folder and hand it to the loggers."""
 
@@ -68,6 +71,7 @@ class QLoRACLI(LightningCLI):
     """``lightning_cli.yaml`` gives the defaults of every run, a recipe what differs, the command line what differs today."""
 
     def __init__(self, arguments: list[str]) -> None:
+        set_parsing_settings(docstring_parse_attribute_docstrings=True)  # a dataclass explains its fields under them
         self._command = arguments[0]
         self.initial_adapter: Path | None = None
         super().__init__(

@@ -5,14 +5,13 @@ import re
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
-from lightning.pytorch.cli import LightningArgumentParser
 
 from qlora_lightning.errors import UserError
 
 UNKNOWN = re.compile(r"unrecognized arguments: (?:--)?(?P<a>[^\s=]+)|(?:does not accept option|No action for key|Key) '(?P<b>[^']+)'")
 
 
-class OneLineErrors(ArgumentParser):
+class OneLineParser(ArgumentParser):
     """Raises ``UserError`` where argparse prints its usage and exits."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -37,11 +36,3 @@ class OneLineErrors(ArgumentParser):
     def _all_parsers(self) -> list[ArgumentParser]:
         subcommands: Any = self._subcommands_action
         return [self, *(subcommands._name_parser_map.values() if subcommands else [])]
-
-
-class OneLineParser(OneLineErrors):
-    """For plain commands."""
-
-
-class OneLineLightningParser(OneLineErrors, LightningArgumentParser):
-    """For fit, validate, test and predict."""
