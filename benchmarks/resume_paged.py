@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
 from fit_loop import fit_arguments, write_rows
 
 
@@ -42,7 +43,10 @@ def main() -> None:
     said = [fit(arguments, rows, whole), fit(arguments, rows, parts, "--trainer.max_steps", "10")]
     said.append(fit(arguments, rows, parts, "--ckpt_path", "last", "--overwrite", "false"))
     for name, text in zip(("whole", "first half", "resumed"), said, strict=True):
-        print(f"{name:11}", *re.findall(r"Optimizer state:.*", text))
+        print(f"{name:11}", *re.findall(r"Optimizer state:.*|peak memory .*", text))
+        if torch.cuda.is_available():
+            size, paged = re.findall(r"Optimizer state: (\S+) GiB, (\S+) GiB", text)[0]
+            assert size == paged != "0.00", f"{name}: {paged} of {size} GiB paged"
     expected, got = losses(whole), losses(parts)
     for one, other in zip(expected, got, strict=True):
         print(*one, "same" if one == other else f"DIFFERENT: {other}")

@@ -16,7 +16,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qlora_lightning.cli import main
 
-
 torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
 
 

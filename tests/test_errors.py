@@ -145,7 +145,7 @@ def test_no_bitsandbytes_backend(complaint: Callable[..., str], monkeypatch: pyt
 
 
 def test_checkpoint_of_another_rank(complaint: Callable[..., str], fit: Callable[..., Path]) -> None:
-    root = fit("trainer.max_steps=1")
+    fit("trainer.max_steps=1")
     expected = "holds an adapter of rank 4, this recipe says 8; set model.lora.r: 4"
     assert complaint("--model.lora.r", "8", "--ckpt_path", "last") == f"the checkpoint {expected}"
 

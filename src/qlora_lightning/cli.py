@@ -66,6 +66,7 @@ def _run(arguments: list[str]) -> int:
     if command in TRAINER_COMMANDS:
         from qlora_lightning.lightning_cli import run
 
+        _quieten()  # again: Lightning sets its log level when it is imported
         run(arguments)
         return 0
     if command in PLAIN_COMMANDS:
@@ -78,10 +79,12 @@ def _run_plain(command: str, arguments: list[str]) -> int:
 
     from qlora_lightning.parser import OneLineParser
 
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    set_parsing_settings(docstring_parse_attribute_docstrings=True, parse_optionals_as_positionals=True)
     target, summary = PLAIN_COMMANDS[command]
     component: Any = _load(target) if isinstance(target, str) else {name: _load(path) for name, path in target.items()}
-    result = auto_cli(component, args=arguments, parser_class=OneLineParser, prog=f"qlora-lightning {command}", description=summary)
+    result = auto_cli(
+        component, args=arguments, as_positional=False, parser_class=OneLineParser, prog=f"qlora-lightning {command}", description=summary
+    )
     return result if isinstance(result, int) else 0
 
 
@@ -153,7 +156,9 @@ def _quieten() -> None:
         ".*does not have many workers.*",
         ".*LightningCLI's args parameter.*",
         ".*Checkpoint directory .* exists and is not empty.*",
-        ".*is_gradient_checkpointing. is deprecated.*",
+        ".*gradient_checkpointing.* is deprecated.*",
+        ".*treespec.*",
+        ".*Total length of `list` across ranks is zero.*",
         ".*Trying to infer the `batch_size`.*",
         ".*modules in eval mode.*",
     ):

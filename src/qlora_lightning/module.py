@@ -23,7 +23,7 @@ from qlora_lightning.modeling.adapters import LoRASpec, attach_lora, check_adapt
 from qlora_lightning.modeling.checkpointing import apply_gradient_checkpointing
 from qlora_lightning.modeling.ledger import ledger, ledger_table
 from qlora_lightning.modeling.loading import Compute, QuantizationSpec, base_fingerprint, compute_dtype, load_base_model
-from qlora_lightning.optim import OptimizerSpec, build_optimizer, build_schedule, describe_optimizer
+from qlora_lightning.optim import OptimizerSpec, build_optimizer, build_schedule
 from qlora_lightning.strategies.policy import MemoryPolicy
 
 IGNORED = -100
@@ -100,7 +100,6 @@ class QLoRAModule(LightningModule):
         device = self.trainer.strategy.root_device
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
         optimizer = build_optimizer(parameters, self.optimizer, self.policy, device)
-        say(f"Optimizer: {describe_optimizer(self.policy, device)}; gradient checkpointing: {self.policy.gradient_checkpointing}")
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         schedule = build_schedule(optimizer, self.optimizer, data.total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -1,0 +1,135 @@
+"""Talking to an adapter, and answering files of prompts."""
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from qlora_lightning.cli import main
+from qlora_lightning.data.formats import Message
+from qlora_lightning.generation import GenerationSpec, left_pad, load_assistant
+
+
+def ask(text: str) -> list[Message]:
+    return [Message("user", text)]
+
+
+def test_left_padding_ends_rows_together() -> None:
+    ids, mask = left_pad([[5, 6, 7], [8]], filler=3)
+    assert ids.tolist() == [[5, 6, 7], [3, 3, 8]]
+    assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+
+
+def test_a_batch_answers_like_its_rows_alone(tiny_base: Path) -> None:
+    """Padding must not reach the answer: greedy answers of a batch equal those of single prompts."""
+    assistant, _ = load_assistant(None, str(tiny_base), "chatml")
+    assistant.dtype = torch.float32
+    prompts = [ask("Hi"), ask("A much longer question than the other one, is it not?")]
+    spec = GenerationSpec(max_new_tokens=8)
+    assert assistant.answer(prompts, spec) == [assistant.answer([prompt], spec)[0] for prompt in prompts]
+
+
+def test_sampling_is_seeded_and_leaves_the_global_state_alone(tiny_base: Path) -> None:
+    assistant, _ = load_assistant(None, str(tiny_base), "chatml")
+    before = torch.get_rng_state()
+    answers = [assistant.answer([ask("Hi")], GenerationSpec(12, temperature=2.0, top_p=1.0, seed=seed))[0] for seed in (1, 1, 2)]
+    assert answers[0] == answers[1] != answers[2]
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_answers_stop_at_the_end_of_turn(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the model writes after the end token is not part of the answer."""
+    assistant, _ = load_assistant(None, str(tiny_base), "chatml")
+    end = assistant.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    letters = assistant.tokenizer.encode("ab", add_special_tokens=False)
+    tail = torch.tensor([[*letters, end, *letters]])
+    monkeypatch.setattr(assistant.model, "generate", lambda input_ids, **options: torch.cat([input_ids, tail], 1))
+    assert assistant.answer([ask("Hi")], GenerationSpec()) == ["ab"]
+
+
+def test_chat_answers_lines_of_standard_input(
+    fit: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The conversation goes on until it is cleared: the second prompt holds the first question, the third does not."""
+    from qlora_lightning.generation import Assistant
+
+    adapter = fit("trainer.max_steps=1") / "checkpoints" / "last"
+    lengths, encode = [], Assistant.encode
+
+    def counted(self: Assistant, conversations: list[list[Message]]) -> tuple[torch.Tensor, torch.Tensor]:
+        lengths.append(len(conversations[0]))
+        return encode(self, conversations)
+
+    monkeypatch.setattr(Assistant, "encode", counted)
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hi\nAnd you?\n/clear\n\nHi\n/quit\nnever asked\n"))
+    assert main(["chat", str(adapter), "--max_new_tokens", "4"]) == 0
+    assert lengths == [1, 3, 1]
+    assert "Type a question" in capsys.readouterr().err
+
+
+def test_generate_writes_a_row_for_each_prompt_with_its_own_fields(fit: Callable[..., Path], tmp_path: Path) -> None:
+    adapter = fit("trainer.max_steps=1") / "checkpoints" / "last"
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    rows = [
+        {"id": 7, "prompt": "Hi"},
+        {"instruction": "Add", "input": "1 2"},
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]},
+    ]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["generate", str(prompts), str(output), "--adapter", str(adapter), "--max_new_tokens", "4", "--batch_size", "2"]
+    assert main(command) == 0
+    written = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [{key: value for key, value in row.items() if key != "generation"} for row in written] == rows
+    assert all(isinstance(row["generation"], str) for row in written)
+
+
+@pytest.mark.parametrize(
+    "content, complaint",
+    [
+        ('{"id": 1}\n', "p.jsonl:1: a prompt needs a text in prompt, instruction, text or messages, found id"),
+        ('{"prompt": \n', "p.jsonl:1"),
+    ],
+)
+def test_generate_names_the_row_that_asks_nothing(
+    tiny_base: Path, tmp_path: Path, content: str, complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text(content)
+    assert main(["generate", str(prompts), str(tmp_path / "out.jsonl"), "--base_model", str(tiny_base)]) == 2
+    assert complaint in capsys.readouterr().err
+
+
+def test_generate_does_not_overwrite(tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts, output = tmp_path / "p.txt", tmp_path / "out.jsonl"
+    prompts.write_text("Hi\n")
+    output.write_text("precious")
+    command = ["generate", str(prompts), str(output), "--base_model", str(tiny_base), "--max_new_tokens", "2"]
+    assert main(command) == 2
+    assert "exists; give another name or --overwrite" in capsys.readouterr().err
+    assert output.read_text() == "precious"
+    assert main([*command, "--overwrite"]) == 0
+    assert json.loads(output.read_text())["prompt"] == "Hi"
+
+
+def test_chat_needs_a_base(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["chat"]) == 2
+    assert "no base model is known" in capsys.readouterr().err
+
+
+def test_folder_that_is_no_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["chat", str(tmp_path)]) == 2
+    assert f"{tmp_path} is not an adapter folder: it needs adapter_config.json and adapter_model.safetensors" in capsys.readouterr().err
+
+
+def test_predict_writes_answers_beside_references(fit: Callable[..., Path], tiny_base: Path, rows_file: Path) -> None:
+    from conftest import base_options
+
+    root = fit("trainer.max_steps=1", "data.dataset.validation_size=3")
+    options = [*base_options(tiny_base, rows_file, root), "--data.dataset.validation_size", "3"]
+    assert main(["predict", *options, "--ckpt_path", "last"]) == 0
+    rows = [json.loads(line) for line in (root / "predictions.jsonl").read_text().splitlines()]
+    assert len(rows) == 3
+    assert all(set(row) == {"prompt", "generation", "reference"} for row in rows)

@@ -1,0 +1,129 @@
+"""The strategy: what it does with optimizer state, checkpoints and the model."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import StrategyRegistry
+
+from qlora_lightning.optim import OptimizerSpec, build_optimizer, build_schedule, describe_optimizer, load_optimizer_state, state_bytes
+from qlora_lightning.strategies import MemoryPolicy, QLoRAStrategy
+from qlora_lightning.strategies.checkpoint_io import AtomicCheckpointIO
+
+CPU = torch.device("cpu")
+
+
+def test_strategy_is_chosen_by_name() -> None:
+    assert "qlora" in StrategyRegistry
+    strategy = Trainer(strategy="qlora", accelerator="cpu", logger=False, enable_checkpointing=False).strategy
+    assert isinstance(strategy, QLoRAStrategy)
+    assert strategy.policy == MemoryPolicy(paged_optimizer=True, optimizer_bits=32, gradient_checkpointing="full")
+    assert strategy.root_device == CPU
+
+
+def test_cpu_gets_a_plain_adamw_and_says_why() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    optimizer = build_optimizer([parameter], OptimizerSpec(weight_decay=0.5), MemoryPolicy(optimizer_bits=8), CPU)
+    assert type(optimizer) is torch.optim.AdamW
+    assert optimizer.param_groups[0]["weight_decay"] == 0.5
+    assert describe_optimizer(MemoryPolicy(), CPU) == "AdamW, 32-bit, plain: paged and 8-bit optimizers need a CUDA device"
+
+
+@pytest.mark.parametrize(
+    "paged, bits, kind",
+    [(True, 32, "PagedAdamW32bit"), (True, 8, "PagedAdamW8bit"), (False, 32, "AdamW"), (False, 8, "AdamW8bit")],
+)
+def test_policy_names_the_optimizer(paged: bool, bits: Any, kind: str) -> None:
+    """The class is chosen by the device that is asked for; nothing is allocated before the first step."""
+    policy = MemoryPolicy(paged_optimizer=paged, optimizer_bits=bits)
+    parameter = torch.nn.Parameter(torch.zeros(3, device="meta" if kind == "AdamW" else "cpu"))
+    if kind == "AdamW":
+        pytest.skip("fused AdamW checks its parameters' device at once; covered by the GPU tests")
+    optimizer = build_optimizer([parameter], OptimizerSpec(), policy, torch.device("cuda"))
+    assert type(optimizer).__name__ == kind
+    assert optimizer.param_groups[0]["weight_decay"] == 0.0
+
+
+@pytest.mark.parametrize(
+    "schedule, factors",
+    [("constant", [0.5, 1, 1, 1, 1, 1]), ("linear", [0.5, 1, 1, 0.75, 0.5, 0.25]), ("cosine", [0.5, 1, 1, 0.8536, 0.5, 0.1464])],
+)
+def test_schedules(schedule: Any, factors: list[float]) -> None:
+    """Two steps of warm-up, then down to zero at step six."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = build_schedule(optimizer, OptimizerSpec(schedule=schedule, warmup_steps=2), total_steps=6)
+    seen = []
+    for _ in factors:
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert seen == pytest.approx(factors, abs=1e-4)
+
+
+def test_loaded_state_goes_back_into_the_optimizers_own_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bitsandbytes' own load would drop the mark of paged memory; ours asks for buffers again, and the run goes on the same."""
+
+    def paged_buffer(self: Any, parameter: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        buffer = torch.zeros_like(parameter, dtype=dtype)
+        buffer.is_paged = True  # type: ignore[attr-defined]
+        return buffer
+
+    monkeypatch.setattr(bnb.optim.optimizer.Optimizer8bit, "get_state_buffer", paged_buffer)
+    monkeypatch.setattr(bnb.optim.optimizer.Optimizer8bit, "prefetch_state", lambda self, parameter: None)  # a CUDA call
+    parameters = [torch.nn.Parameter(torch.linspace(-1, 1, 64)) for _ in range(2)]
+    first, second = (bnb.optim.PagedAdamW32bit([parameter], lr=0.1) for parameter in parameters)
+    for _ in range(3):
+        parameters[0].grad = parameters[0].detach() ** 2
+        first.step()
+    saved = {"state": {0: {k: v.clone() if torch.is_tensor(v) else v for k, v in first.state[parameters[0]].items()}}}
+    load_optimizer_state(second, saved | {"param_groups": first.state_dict()["param_groups"]})
+    assert state_bytes(second) == (2 * 64 * 4, 2 * 64 * 4)
+    parameters[1].data = parameters[0].data.clone()
+    for parameter, optimizer in zip(parameters, (first, second), strict=True):
+        parameter.grad = torch.ones(64)
+        optimizer.step()
+    assert torch.equal(parameters[0], parameters[1])
+
+
+def test_checkpoint_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    """A failure while writing leaves the earlier file."""
+    io, path = AtomicCheckpointIO(), tmp_path / "last.ckpt"
+    io.save_checkpoint({"step": 1}, path)
+    with pytest.raises(Exception):  # noqa: B017  (whatever pickle says of a lambda)
+        io.save_checkpoint({"step": 2, "bad": lambda: None}, path)
+    assert io.load_checkpoint(path) == {"step": 1}
+
+
+def test_checkpoint_holds_the_run_but_not_the_base(fit: Callable[..., Path]) -> None:
+    """Adapter, optimizer, schedule, random state, data cursor and callbacks, all readable without unpickling code."""
+    root = fit("trainer.max_steps=2")
+    checkpoint = torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)
+    assert all("lora_" in name for name in checkpoint["state_dict"])
+    assert len(checkpoint["state_dict"]) == 2 * 7 * 2  # two layers, seven linears, A and B
+    assert checkpoint["global_step"] == 2
+    assert len(checkpoint["optimizer_states"][0]["state"]) == 28
+    assert checkpoint["lr_schedulers"][0]["last_epoch"] == 2
+    assert checkpoint["InstructionDataModule"]["cursor"] == {"epoch": 0, "step": 2}
+    assert any("RandomState" in name for name in checkpoint["callbacks"])
+    assert checkpoint["qlora_lightning"]["lora"] == {"r": 4, "alpha": 16}
+
+
+def test_kept_checkpoints(fit: Callable[..., Path]) -> None:
+    root = fit("checkpoint.every_n_steps=2", "checkpoint.keep=1", "data.dataset.validation_size=2")
+    names = sorted(path.name for path in (root / "checkpoints").iterdir())
+    assert names == ["best", "best.ckpt", "last", "last.ckpt", "step-00000005", "step-00000005.ckpt"]
+
+
+def test_teardown_leaves_the_model_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    strategy = Trainer(strategy="qlora", accelerator="cpu", logger=False, enable_checkpointing=False).strategy
+
+    class Model(torch.nn.Module):
+        def cpu(self) -> "Model":
+            raise AssertionError("a 4-bit model must not be moved")
+
+    strategy._lightning_module = Model()  # type: ignore[assignment]
+    strategy.teardown()
