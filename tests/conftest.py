@@ -1,6 +1,5 @@
 """Fixtures that need nothing: a tokenizer built in memory and random-weight base models of a few hundred kilobytes."""
 
-import csv
 import json
 import os
 from collections.abc import Callable
@@ -11,6 +10,7 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 
 import pytest
 import torch
+from running import base_options
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -95,28 +95,3 @@ def fit(tiny_base: Path, rows_file: Path, tmp_path: Path) -> Callable[..., Path]
 def _split(option: str) -> list[str]:
     name, _, value = option.partition("=")
     return [f"--{name}", value]
-
-
-def base_options(base: Path, rows: Path, root: Path) -> list[str]:
-    """Options of every small run: fp32, four rows a step, no dropout, no W&B."""
-    options = {
-        "model.base_model": base,
-        "model.compute": "fp32",
-        "model.lora.r": 4,
-        "model.lora.dropout": 0.0,
-        "model.optimizer.learning_rate": 0.01,
-        "data.dataset.path": rows,
-        "data.dataset.template": "chatml",
-        "data.global_batch_size": 4,
-        "trainer.accelerator": "cpu",
-        "trainer.logger": "false",
-        "trainer.max_epochs": 1,
-        "trainer.default_root_dir": root,
-    }
-    return [part for name, value in options.items() for part in (f"--{name}", str(value))]
-
-
-def read_metrics(root: Path) -> list[dict[str, str]]:
-    """Rows of a run's metrics.csv."""
-    with (root / "metrics.csv").open() as file:
-        return list(csv.DictReader(file))

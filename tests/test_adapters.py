@@ -112,7 +112,7 @@ def test_adapter_of_another_base_is_refused(fit: Callable[..., Path], tmp_path: 
 
 
 def test_fit_from_an_adapter_folder_starts_with_its_weights_at_step_zero(fit: Callable[..., Path]) -> None:
-    from conftest import read_metrics
+    from running import read_metrics
 
     first = fit("data.dataset.validation_size=4", folder="first")
     second = fit("data.dataset.validation_size=4", f"ckpt_path={first}/checkpoints/last", folder="second")

@@ -125,7 +125,7 @@ def test_folder_that_is_no_adapter(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_predict_writes_answers_beside_references(fit: Callable[..., Path], tiny_base: Path, rows_file: Path) -> None:
-    from conftest import base_options
+    from running import base_options
 
     root = fit("trainer.max_steps=1", "data.dataset.validation_size=3")
     options = [*base_options(tiny_base, rows_file, root), "--data.dataset.validation_size", "3"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import base_options
+from running import base_options
 
 from qlora_lightning.cli import main
 

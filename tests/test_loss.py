@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import read_metrics
+from running import read_metrics
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 

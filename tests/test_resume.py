@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import read_metrics
+from running import read_metrics
 
 from qlora_lightning.cli import main
 
@@ -70,7 +70,7 @@ def test_validate_scores_checkpoint_and_adapter_folder_alike(
     """Both give the loss that training logged after its last step."""
     import json
 
-    from conftest import base_options
+    from running import base_options
 
     root = fit(f"data.dataset.validation_path={rows_file}")
     logged = float([row["val/loss"] for row in read_metrics(root) if row["val/loss"]][-1])

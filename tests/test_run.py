@@ -7,8 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import wandb
 import yaml
-from conftest import base_options, read_metrics
+from running import base_options, read_metrics
 from test_loggers import config_of, history_of, offline_records
 
 from qlora_lightning.cli import main
@@ -51,6 +52,7 @@ def test_offline_wandb_run_holds_configuration_and_every_metric(
     tiny_base: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Read back from the file that W&B wrote."""
+    wandb.finish()  # an earlier test's run in this process would be gone on with
     monkeypatch.setenv("WANDB_MODE", "offline")
     options = [option for option in base_options(tiny_base, rows_file, tmp_path / "run") if option not in ("--trainer.logger", "false")]
     assert main(["fit", *options, "--data.dataset.validation_size", "4", "--trainer.max_steps", "2"]) == 0

@@ -1,0 +1,51 @@
+"""What only a GPU can show; run by hand: pytest -m gpu tests/test_gpu.py."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from running import read_metrics
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, found none"),
+]
+# an adapter of which each matrix has more than the 100,000 elements from which on bitsandbytes pages
+OPTIONS = ("trainer.accelerator=gpu", "model.lora.r=2048", "model.compute=bf16", "model.lora.dropout=0.1")
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_paged_state_is_paged_after_a_resume_and_the_losses_are_the_same(
+    fit: Callable[..., Path], capsys: pytest.CaptureFixture[str], bits: int
+) -> None:
+    options = (*OPTIONS, f"trainer.strategy.optimizer_bits={bits}", "checkpoint.every_n_steps=2")
+    whole = fit(*options, folder="whole")
+    fresh = re.findall(r"Optimizer state: .*", capsys.readouterr().err)
+    resumed = fit(*options, f"ckpt_path={whole}/checkpoints/step-00000004.ckpt", folder="resumed")
+    again = re.findall(r"Optimizer state: .*", capsys.readouterr().err)
+    assert fresh == again and not fresh[0].endswith(" 0.00 GiB of it in unified memory")
+    streams = [[(row["step"], row["train/loss"]) for row in read_metrics(root) if row["train/loss"]] for root in (whole, resumed)]
+    assert streams[1] == streams[0][4:]
+
+
+def test_plain_optimizer_is_fused(fit: Callable[..., Path]) -> None:
+    root = fit("trainer.accelerator=gpu", "trainer.strategy.paged_optimizer=false", "model.compute=bf16")
+    assert len([row for row in read_metrics(root) if row["train/loss"]]) == 6
+
+
+def test_full_checkpointing_changes_no_loss(fit: Callable[..., Path]) -> None:
+    """Recomputed activations are the kept ones: dropout's random state included."""
+    runs = [read_metrics(fit(*OPTIONS, f"trainer.strategy.gradient_checkpointing={mode}", folder=mode)) for mode in ("none", "full")]
+    first, second = ([float(row["train/grad_norm"]) for row in run if row["train/loss"]] for run in runs)
+    assert first == pytest.approx(second, rel=1e-2)
+
+
+def test_four_bit_weights_stay_on_the_device_after_a_fit(fit: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    from qlora_lightning.module import QLoRAModule
+
+    seen = []
+    monkeypatch.setattr(QLoRAModule, "cpu", lambda self: seen.append("moved") or self)
+    fit("trainer.accelerator=gpu", "trainer.max_steps=1", "model.compute=bf16")
+    assert seen == []
