@@ -83,7 +83,7 @@ def bare_loop(arguments: argparse.Namespace) -> None:
     device = torch.device("cuda", 0)
     base = load_base_model(arguments.base, QuantizationSpec(), torch.bfloat16, device)
     model = attach_lora(base, LoRASpec(r=arguments.rank, dropout=arguments.dropout)).train()
-    norms_to_fp32(model)
+    norms_to_fp32(model, torch.bfloat16)
     apply_gradient_checkpointing(model, "full")
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = build_optimizer(parameters, OptimizerSpec(), MemoryPolicy(), device)

@@ -32,7 +32,7 @@ def test_every_linear_layer_of_the_blocks_gets_an_adapter_and_nothing_else_is_tr
 def test_ledger_counts_true_parameters_and_only_norms_are_upcast(tiny_base: Path) -> None:
     """Layer weights are stored in 4 bits but counted whole; embeddings and head stay in the compute dtype."""
     model = attach_lora(load(tiny_base), LoRASpec(r=4))
-    norms_to_fp32(model)
+    norms_to_fp32(model, torch.bfloat16)
     rows = {(row.part, row.dtype): row for row in ledger(model)}
     linear = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 64 * 128 * 3)
     assert (rows["linear layers", "nf4"].parameters, rows["linear layers", "nf4"].num_bytes) == (linear, linear // 2)
@@ -120,3 +120,17 @@ def test_fit_from_an_adapter_folder_starts_with_its_weights_at_step_zero(fit: Ca
     began = next(float(row["val/loss"]) for row in read_metrics(second) if row["val/loss"])
     assert began == pytest.approx(ended, rel=1e-6)
     assert next(row["step"] for row in read_metrics(second) if row["train/loss"]) == "0"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_norms_compute_in_fp32_and_the_residual_stream_stays_in_the_compute_dtype(tiny_base: Path, dtype: torch.dtype) -> None:
+    model = attach_lora(load(tiny_base, dtype), LoRASpec(r=2))
+    norms_to_fp32(model, dtype)
+    seen = set()
+    for name, module in model.named_modules():
+        if name.endswith(("_proj", "down_proj.base_layer")):
+            module.register_forward_hook(lambda module, inputs, output: seen.update((inputs[0].dtype, output.dtype)))
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        model(input_ids=torch.arange(6, 20)[None])
+    assert seen == {dtype}
+    assert {parameter.dtype for name, parameter in model.named_parameters() if "norm" in name} == {torch.float32}

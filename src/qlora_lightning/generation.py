@@ -149,7 +149,7 @@ def load_assistant(adapter: Path | None, base_model: str | None, template: str |
         )
     if adapter:
         model = attach_lora(model, adapter_spec(adapter))
-        norms_to_fp32(model)
+        norms_to_fp32(model, dtype)
         load_adapter(model, adapter)
     return Assistant(model.eval(), tokenizer, style, dtype), metadata
 

@@ -23,7 +23,7 @@ from qlora_lightning.modeling.adapters import LoRASpec, attach_lora, check_adapt
 from qlora_lightning.modeling.checkpointing import apply_gradient_checkpointing
 from qlora_lightning.modeling.ledger import ledger, ledger_table
 from qlora_lightning.modeling.loading import Compute, QuantizationSpec, base_fingerprint, compute_dtype, load_base_model
-from qlora_lightning.optim import OptimizerSpec, build_optimizer, build_schedule
+from qlora_lightning.optim import OptimizerSpec, build_optimizer, build_schedule, optimized
 from qlora_lightning.strategies.policy import MemoryPolicy
 
 IGNORED = -100
@@ -88,7 +88,7 @@ class QLoRAModule(LightningModule):
         self.base_fingerprint = base_fingerprint(base)
         torch.manual_seed(torch.initial_seed())  # A's first values depend on the seed alone, not on what ran before
         model = attach_lora(base, self.lora)
-        norms_to_fp32(model)
+        norms_to_fp32(model, self._compute_dtype)
         apply_gradient_checkpointing(model, self.policy.gradient_checkpointing)
         if self.initial_adapter is not None:
             load_adapter(model, self.initial_adapter)
@@ -141,7 +141,7 @@ class QLoRAModule(LightningModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Log the step's loss, the norm of its gradient before clipping, and the learning rate that it uses."""
-        gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in optimized(optimizer) if parameter.grad is not None]
         self._grad_norm = torch.nn.utils.get_total_norm(gradients)
         self.log("train/loss", self._step_loss)
         self.log("train/grad_norm", self._grad_norm)
@@ -153,7 +153,7 @@ class QLoRAModule(LightningModule):
     ) -> None:
         """Clip by the norm that is known already; any other algorithm is Lightning's."""
         if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
-            parameters = [parameter for parameter in self.parameters() if parameter.grad is not None]
+            parameters = [parameter for parameter in optimized(optimizer) if parameter.grad is not None]
             torch.nn.utils.clip_grads_with_norm_(parameters, float(gradient_clip_val), self._grad_norm)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)

@@ -18,7 +18,7 @@ class Announce(Callback):
 
     def __init__(self) -> None:
         self._began = time.perf_counter()
-        self._heldout: list[float] = []
+        self._heldout: list[tuple[int, float]] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         assert isinstance(pl_module, QLoRAModule)
@@ -35,7 +35,7 @@ class Announce(Callback):
                 return  # a part of the held-out rows only: not to be compared
             for logger in trainer.loggers:
                 logger.log_metrics({"val/loss": loss, "val/perplexity": float(trainer.callback_metrics["val/perplexity"])}, step=0)
-        self._heldout.append(loss)
+        self._heldout.append((trainer.global_step, loss))
         say(f"Held-out loss {'before training' if trainer.sanity_checking else f'after step {trainer.global_step}'}: {loss:.4f}")
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -44,10 +44,10 @@ class Announce(Callback):
             if isinstance(logger, RunCSVLogger):
                 logger.truncate_after(checkpoint["global_step"])
 
-    def state_dict(self) -> dict[str, list[float]]:
+    def state_dict(self) -> dict[str, list[tuple[int, float]]]:
         return {"heldout": self._heldout}
 
-    def load_state_dict(self, state_dict: dict[str, list[float]]) -> None:
+    def load_state_dict(self, state_dict: dict[str, list[tuple[int, float]]]) -> None:
         self._heldout = state_dict["heldout"]
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -55,7 +55,8 @@ class Announce(Callback):
         minutes, seconds = divmod(round(time.perf_counter() - self._began), 60)
         say(f"Done: {trainer.global_step} steps, {minutes} min {seconds} s in all, peak memory {peak_memory_gib(pl_module.device):.2f} GiB")
         if len(self._heldout) > 1:
-            say(f"Held-out loss: {self._heldout[0]:.4f} -> {self._heldout[-1]:.4f}")
+            (first, before), (last, after) = self._heldout[0], self._heldout[-1]
+            say(f"Held-out loss: {before:.4f} (step {first}) -> {after:.4f} (step {last})")
         say(f"Adapter: {adapter}")
         say(f"Metrics: {trainer.default_root_dir}/metrics.csv")
         say(f"Talk to it: qlora-lightning chat {adapter}")

@@ -3,6 +3,7 @@
 import difflib
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse.typing import register_type
@@ -81,6 +82,7 @@ class DatasetSpec:
 
     def __post_init__(self) -> None:
         """Checks each value once; everything behind trusts them."""
+        self.name = self.name or (Path(self.path).stem if self.path else self.hub_id or "")
         self._check_source()
         self._check_template()
         for name in ("max_length", "source_max_length", "target_max_length"):
