@@ -1,5 +1,6 @@
 """A run that is interrupted and resumed is the run that was not."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,17 +10,16 @@ from running import read_metrics
 
 from qlora_lightning.cli import main
 
-# two epochs of six steps (the last one short), dropout, a falling learning rate, validation inside each epoch
+# 18 rows: two epochs of five steps, the last of each short, with dropout, a falling learning rate and validation inside each epoch
 OPTIONS = (
     "model.lora.dropout=0.1",
     "model.optimizer.schedule=cosine",
     "trainer.max_epochs=2",
     "trainer.accumulate_grad_batches=2",
     "validation.every_n_steps=4",
-    "checkpoint.every_n_steps=1",
-    "checkpoint.keep=20",
-    "data.dataset.validation_size=2",
+    "data.dataset.validation_size=4",
 )
+EVERY_STEP = ("checkpoint.every_n_steps=1", "checkpoint.keep=20")
 
 
 def losses(root: Path) -> list[tuple[str, str, str]]:
@@ -27,20 +27,99 @@ def losses(root: Path) -> list[tuple[str, str, str]]:
     return [(row["step"], row["train/loss"], row["train/grad_norm"]) for row in read_metrics(root) if row["train/loss"]]
 
 
+def validations(root: Path) -> list[tuple[str, str]]:
+    """Step and loss of each validation."""
+    return [(row["step"], row["val/loss"]) for row in read_metrics(root) if row.get("val/loss")]
+
+
+@pytest.fixture
+def whole(fit: Callable[..., Path]) -> Path:
+    """A run from beginning to end, with every step kept."""
+    root = fit(*OPTIONS, *EVERY_STEP, folder="whole")
+    assert len(losses(root)) == 10
+    assert [step for step, _ in validations(root)] == ["0", "3", "7", "9"]  # before training, after steps 4 and 8, and at the end
+    return root
+
+
 @pytest.mark.parametrize("stop_at", [1, 4, 5, 7])
-def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(fit: Callable[..., Path], stop_at: int) -> None:
-    """Stopped inside the first epoch, at a validation, at the end of an epoch and inside the second."""
-    whole = fit(*OPTIONS, folder="whole")
-    fit(*OPTIONS, f"trainer.max_steps={stop_at}", folder="parts")
-    parts = fit(*OPTIONS, "ckpt_path=last", folder="parts")
-    assert len(losses(whole)) == 10
-    # the first part ended by max_steps, so its schedule is shorter than the whole run's: compare what the resumed part did
-    assert [row[0] for row in losses(parts)] == [row[0] for row in losses(whole)]
+def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(fit: Callable[..., Path], whole: Path, stop_at: int) -> None:
+    """From a step inside the first epoch, at a validation, at the end of an epoch (a short step) and inside the second."""
     resumed = fit(*OPTIONS, f"ckpt_path={whole}/checkpoints/step-{stop_at:08d}.ckpt", folder="resumed")
     assert losses(resumed) == losses(whole)[stop_at:]
-    for name in ("last.ckpt", f"step-{10:08d}.ckpt"):
-        mine, reference = (torch.load(root / "checkpoints" / name, weights_only=True)["state_dict"] for root in (resumed, whole))
-        assert all(torch.equal(mine[key], reference[key]) for key in reference)
+    assert validations(resumed) == [row for row in validations(whole) if int(row[0]) >= stop_at]
+    mine, reference = (torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for root in (resumed, whole))
+    assert all(torch.equal(mine[key], reference[key]) for key in reference)
+
+
+def test_resumed_from_best_equals_the_uninterrupted_one(fit: Callable[..., Path]) -> None:
+    """`best` is written inside a validation, here that of step 4 inside the first epoch."""
+    constant = [option for option in OPTIONS if "schedule" not in option]
+    whole = fit(*constant, folder="whole")
+    parts = fit(*constant, "trainer.max_steps=4", folder="parts")
+    assert torch.load(parts / "checkpoints" / "best.ckpt", weights_only=True)["global_step"] == 4
+    resumed = fit(*constant, f"ckpt_path={parts}/checkpoints/best.ckpt", folder="resumed")
+    assert losses(resumed) == losses(whole)[4:]
+
+
+@pytest.mark.parametrize("stop_at", [2, 5, 7])
+def test_a_run_that_max_steps_ended_goes_on_where_it_stood(fit: Callable[..., Path], stop_at: int) -> None:
+    """With the default interval of saving, which leaves the end of the run alone; a constant rate, as a schedule knows the last step."""
+    constant = [option for option in OPTIONS if "schedule" not in option]
+    whole = fit(*constant, folder="whole")
+    fit(*constant, f"trainer.max_steps={stop_at}", folder="parts")
+    parts = fit(*constant, "ckpt_path=last", folder="parts")
+    assert losses(parts) == losses(whole)
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_accumulation_may_change_on_resume(fit: Callable[..., Path], accumulate: int) -> None:
+    """The steps are the same, in other microbatches: what a user is told to do when memory runs out."""
+    options = [option for option in OPTIONS if "accumulate" not in option and "dropout" not in option]
+    whole = fit(*options, "trainer.accumulate_grad_batches=2", *EVERY_STEP, folder="whole")
+    checkpoint = whole / "checkpoints" / "step-00000003.ckpt"
+    resumed = fit(*options, f"trainer.accumulate_grad_batches={accumulate}", f"ckpt_path={checkpoint}", folder="resumed")
+    assert [row[0] for row in losses(resumed)] == [row[0] for row in losses(whole)[3:]]
+    mine, reference = ([float(row[1]) for row in losses(root)] for root in (resumed, whole))
+    assert mine == pytest.approx(reference[3:], rel=1e-3)
+
+
+def test_optimizer_settings_may_not_change_on_resume(fit: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    fit(*OPTIONS, "trainer.max_steps=2")
+    with pytest.raises(AssertionError):
+        fit(*OPTIONS, "ckpt_path=last", "model.optimizer.learning_rate=0.5")
+    assert "with other optimizer settings" in capsys.readouterr().err
+
+
+def test_last_adapter_carries_the_metrics_of_its_own_step(fit: Callable[..., Path]) -> None:
+    root = fit(*OPTIONS, "trainer.max_steps=7")
+    metadata = json.loads((root / "checkpoints" / "last" / "qlora_lightning.json").read_text())
+    assert metadata["step"] == 7
+    assert metadata["metrics"]["val/loss"] == pytest.approx(float(validations(root)[-1][1]))
+    assert validations(root)[-1][0] == "6"
+
+
+def test_overwrite_deletes_nothing_until_the_new_run_begins(fit: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    root = fit("trainer.max_steps=1")
+    kept = sorted(path.name for path in root.rglob("*"))
+    mistakes = (
+        "data.dataset.path=none.jsonl",
+        "model.base_model=./none",
+        "model.lora.target_modules=[nothing]",
+        f"ckpt_path={root}/checkpoints/last",
+    )
+    for broken in mistakes:
+        with pytest.raises(AssertionError):
+            fit("trainer.max_steps=1", "overwrite=true", broken)
+        assert sorted(path.name for path in root.rglob("*")) == kept
+    assert "--overwrite would delete the run" in capsys.readouterr().err
+
+
+def test_checkpoint_of_another_run_does_not_mix_with_the_folders_own(fit: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    first = fit("trainer.max_steps=2", folder="first")
+    fit("trainer.max_steps=1", folder="second")
+    with pytest.raises(AssertionError):
+        fit("trainer.max_steps=4", f"ckpt_path={first}/checkpoints/last.ckpt", folder="second")
+    assert "holds an earlier run" in capsys.readouterr().err
 
 
 def test_a_finished_run_that_is_resumed_changes_nothing(fit: Callable[..., Path]) -> None:
@@ -68,8 +147,6 @@ def test_validate_scores_checkpoint_and_adapter_folder_alike(
     fit: Callable[..., Path], tiny_base: Path, rows_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Both give the loss that training logged after its last step."""
-    import json
-
     from running import base_options
 
     root = fit(f"data.dataset.validation_path={rows_file}")

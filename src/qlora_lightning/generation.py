@@ -15,7 +15,8 @@ from qlora_lightning.data.templates import Template, check_template, end_tokens,
 from qlora_lightning.data.tokenize import Encoder
 from qlora_lightning.errors import UserError
 from qlora_lightning.modeling.adapters import LoRASpec, adapter_metadata, attach_lora, load_adapter, norms_to_fp32
-from qlora_lightning.modeling.loading import QuantizationSpec, base_fingerprint, compute_dtype, load_base_model
+from qlora_lightning.modeling.fingerprint import base_fingerprint
+from qlora_lightning.modeling.loading import QuantizationSpec, compute_dtype, load_base_model
 from qlora_lightning.modeling.tokenizer import filler_id, load_tokenizer
 
 
@@ -78,9 +79,10 @@ class Assistant:
             streamer: Receives the tokens of a single row as they come.
         """
         device = next(self.model.parameters()).device
-        sampling = (
-            {"do_sample": True, "temperature": spec.temperature, "top_p": spec.top_p} if spec.temperature > 0 else {"do_sample": False}
-        )
+        # Everything is said: transformers fills what is left out from the base model's own settings, and greedy would not be greedy.
+        sampling: dict[str, Any] = {"do_sample": False, "repetition_penalty": 1.0, "num_beams": 1}
+        if spec.temperature > 0:
+            sampling |= {"do_sample": True, "temperature": spec.temperature, "top_p": spec.top_p, "top_k": 0}
         stop = [int(i) for i in self.tokenizer.convert_tokens_to_ids(end_tokens(self.template, self.tokenizer))]  # type: ignore[union-attr]
         config = GenerationConfig(
             max_new_tokens=spec.max_new_tokens, eos_token_id=stop, pad_token_id=filler_id(self.tokenizer), use_cache=True, **sampling
@@ -141,16 +143,10 @@ def load_assistant(adapter: Path | None, base_model: str | None, template: str |
     style = check_template(template or metadata.get("template", "chatml"), tokenizer)
     say(f"Loading {base_model} in 4 bits onto {device}")
     model: Any = load_base_model(base_model, QuantizationSpec(**metadata.get("quantization", {})), dtype, device, metadata.get("revision"))
-    if metadata and metadata["base_fingerprint"] != (found := base_fingerprint(model)):
-        raise UserError(
-            f"{adapter} was trained on {metadata['base_model']} with other weights ({metadata['base_fingerprint']}) than "
-            f"{base_model} ({found}); "
-            "give its own base with --base_model"
-        )
     if adapter:
         model = attach_lora(model, adapter_spec(adapter))
         norms_to_fp32(model, dtype)
-        load_adapter(model, adapter)
+        load_adapter(model, adapter, base_fingerprint(base_model, metadata.get("revision")))
     return Assistant(model.eval(), tokenizer, style, dtype), metadata
 
 

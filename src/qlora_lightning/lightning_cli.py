@@ -3,12 +3,15 @@
 import json
 import os
 import shutil
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.table import Table
 
 from qlora_lightning.callbacks.adapter_checkpoint import FOLDER, AdapterCheckpoint
@@ -16,7 +19,8 @@ from qlora_lightning.callbacks.announce import Announce
 from qlora_lightning.callbacks.monitor import Monitor
 from qlora_lightning.callbacks.progress import RunProgress
 from qlora_lightning.callbacks.random_state import RandomState
-from qlora_lightning.callbacks.samples import Samples
+from qlora_lightning.callbacks.resume import Resume
+from qlora_lightning.callbacks.samples import Samples, asked
 from qlora_lightning.callbacks.validation import ValidateEvery
 from qlora_lightning.console import console, say
 from qlora_lightning.data.datamodule import InstructionDataModule
@@ -25,7 +29,8 @@ from qlora_lightning.loggers import RunCSVLogger, RunWandbLogger
 from qlora_lightning.modeling.adapters import ADAPTER_FILE
 from qlora_lightning.module import QLoRAModule
 from qlora_lightning.parser import OneLineParser
-from qlora_lightning.recipes import find_recipe, shared_defaults
+from qlora_lightning.recipes import find_datamodule, find_recipe, shared_defaults
+from qlora_lightning.strategies import QLoRAStrategy
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.csv"
@@ -33,20 +38,25 @@ METRICS_FILE = "metrics.csv"
 
 def run(arguments: list[str]) -> None:
     """Run one of LightningCLI's commands with ``arguments`` (the command first)."""
-    command, *options = resolve_recipes(arguments)
-    QLoRACLI([command, "--config", str(shared_defaults()), *options])
+    command, *options = resolve_names(arguments)
+    try:
+        QLoRACLI([command, "--config", str(shared_defaults()), *options])
+    except SystemExit as end:
+        if end.code == 1:  # how Lightning ends after Ctrl-C
+            raise KeyboardInterrupt from end
+        raise
 
 
-def resolve_recipes(arguments: list[str]) -> list[str]:
-    """Replace the name of a shipped recipe after ``--config`` by its file."""
-    resolved, is_config = [], False
+def resolve_names(arguments: list[str]) -> list[str]:
+    """Replace the names of shipped recipes (after ``--config``) and data modules (after ``--data.dataset``) by their files."""
+    finders = {"--config": find_recipe, "-c": find_recipe, "--data.dataset": find_datamodule}
+    resolved: list[str] = []
     for argument in arguments:
-        name, equals, value = argument.partition("=")
-        if is_config:
-            argument = str(find_recipe(argument))
-        elif name in ("--config", "-c") and equals:
-            argument = f"{name}={find_recipe(value)}"
-        is_config = argument in ("--config", "-c")
+        option, equals, value = argument.partition("=")
+        if resolved and resolved[-1] in finders:
+            argument = str(finders[resolved[-1]](argument))
+        elif equals and option in finders:
+            argument = f"{option}={finders[option](value)}"
         resolved.append(argument)
     return resolved
 
@@ -55,16 +65,27 @@ class OneLineLightningParser(OneLineParser, LightningArgumentParser):
     """LightningCLI's parser with errors of one line."""
 
 
-class SaveRecipe(SaveConfigCallback):
-    """Write the whole configuration into the run folder and hand it to the loggers."""
+class RunFolder(SaveConfigCallback):
+    """Clear the run folder of an earlier run where that was asked for, and write the configuration into it and to the loggers.
 
-    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit":
-            return
-        text = self.parser.dump(self.config, skip_none=False)
-        Path(trainer.default_root_dir, CONFIG_FILE).write_text(text)
+    Not before the fit starts, with its data read and its model loaded: what fails until then must not cost the earlier run.
+    """
+
+    continues = False
+    """Whether the run goes on with what the folder holds; set before the Trainer runs."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Nothing yet."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        root = Path(trainer.default_root_dir)
+        if not self.continues:
+            clear_folder(root)
+        config = self.config.clone()
+        config.overwrite, config.ckpt_path = False, None  # of this start, not of the run
+        (root / CONFIG_FILE).write_text(self.parser.dump(config, skip_none=False))
         for logger in trainer.loggers:
-            logger.log_hyperparams(self.config.as_dict())
+            logger.log_hyperparams(config.as_dict())
 
 
 class QLoRACLI(LightningCLI):
@@ -78,11 +99,10 @@ class QLoRACLI(LightningCLI):
             QLoRAModule,
             InstructionDataModule,
             parser_class=OneLineLightningParser,
-            save_config_callback=SaveRecipe,
-            save_config_kwargs={"save_to_log_dir": False},
+            save_config_callback=RunFolder,
             seed_everything_default=0,
             auto_configure_optimizers=False,
-            trainer_defaults={"callbacks": [RandomState(), Monitor(), RunProgress(), Announce()]},
+            trainer_defaults={"callbacks": [Resume(), RandomState(), Monitor(), RunProgress(), Announce()]},
             args=arguments,
         )
 
@@ -111,37 +131,54 @@ class QLoRACLI(LightningCLI):
         config = self.config[self.subcommand]
         self.root = run_folder(config)
         config.trainer.default_root_dir = str(self.root)
-        self._resuming = config.ckpt_path is not None and self.subcommand == "fit"
         if "verbose" in config:
             config.verbose = False  # Lightning's own table would go to standard output; `_report` takes its place
-        config.ckpt_path, self.initial_adapter = find_checkpoint(config.ckpt_path, self.root, required=self.subcommand != "fit")
-        if self.subcommand == "fit":
-            prepare_folder(self.root, keep=self._resuming and self.initial_adapter is None, overwrite=config.overwrite)
+        given, fitting = config.ckpt_path, self.subcommand == "fit"
+        config.ckpt_path, self.initial_adapter = find_checkpoint(given, self.root, required=not fitting)
+        source = self.initial_adapter or (Path(config.ckpt_path) if config.ckpt_path else None)
+        self._continues = str(given) == "last" or (config.ckpt_path is not None and _lies_in(Path(config.ckpt_path), self.root / FOLDER))
+        if fitting:
+            check_folder(self.root, self._continues, config.overwrite, source)
         for logger in _as_list(config.trainer.logger):
             if isinstance(logger, Namespace) and "save_dir" in logger.init_args and logger.init_args.save_dir is None:
                 logger.init_args.save_dir = str(self.root)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add the CSV logger to whatever a fit logs to; the other commands report on the terminal."""
-        if self.subcommand != "fit":
-            return super().instantiate_trainer(logger=False, **kwargs)
-        chosen = [logger for logger in _as_list(self._get(self.config_init, "trainer")["logger"]) if not isinstance(logger, bool)]
-        for logger in chosen:
+        loggers: list[Any] = []
+        if self.subcommand == "fit":
+            chosen = _as_list(self._get(self.config_init, "trainer")["logger"])
+            loggers = [RunCSVLogger(str(self.root)), *(logger for logger in chosen if not isinstance(logger, bool))]
+        for logger in loggers:
             if isinstance(logger, RunWandbLogger):
-                logger.resume = self._resuming and self.initial_adapter is None
-        csv = RunCSVLogger(str(self.root))
-        if self._get(self.config, "ckpt_path") is None:
-            csv.truncate_after(0)  # of a run that ended before its first checkpoint
-        return super().instantiate_trainer(logger=[csv, *chosen], **kwargs)
+                logger.resume = self._continues
+        try:
+            return super().instantiate_trainer(logger=loggers or False, **kwargs)
+        except (ValueError, MisconfigurationException) as error:
+            raise UserError(f"the trainer's settings do not work together: {error}") from error
 
     def after_instantiate_classes(self) -> None:
-        """Check what needs no model: the batch arithmetic and the precision."""
+        """Check what needs no model: strategy, precision and batch arithmetic."""
         self.model.initial_adapter = self.initial_adapter
-        self.datamodule.check(self.trainer.accumulate_grad_batches, self.trainer.world_size)
-        if str(self.trainer.precision) not in ("32-true", "bf16-mixed"):
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, RunFolder):
+                # a run that was killed before its first checkpoint left metrics only: there is nothing to go on with
+                callback.continues = self._continues and self._get(self.config, "ckpt_path") is not None
+        if not isinstance(self.trainer.strategy, QLoRAStrategy):
+            raise UserError(
+                f"trainer.strategy must be qlora, got {type(self.trainer.strategy).__name__}; leave it as lightning_cli.yaml has it"
+            )
+        if str(self.trainer.precision) != "32-true":
             raise UserError(
                 f"trainer.precision must stay unset, got {self.trainer.precision}; model.compute chooses the dtype of the products"
             )
+        self.datamodule.check(self.trainer.accumulate_grad_batches, self.trainer.world_size)
+
+    def after_fit(self) -> None:
+        """A job that was told to stop did not succeed."""
+        if self.trainer.received_sigterm:
+            say("Stopped by SIGTERM; go on with the same command and --ckpt_path last")
+            sys.exit(128 + signal.SIGTERM)
 
     # ---- after ----
 
@@ -172,7 +209,7 @@ class QLoRACLI(LightningCLI):
         target = self.root / "predictions.jsonl"
         with target.open("w", encoding="utf-8") as file:
             for conversation, answer in zip(conversations, answers, strict=True):
-                row = {"prompt": conversation[-2].content, "generation": answer, "reference": conversation[-1].content}
+                row = {"prompt": asked(conversation), "generation": answer, "reference": conversation[-1].content}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
         say(f"{len(answers)} answers: {target}")
 
@@ -222,27 +259,37 @@ def find_checkpoint(given: Any, root: Path, required: bool) -> tuple[str | None,
     return str(path), None
 
 
-def prepare_folder(root: Path, keep: bool, overwrite: bool) -> None:
-    """Make sure that a new run does not mix with an old one.
+def check_folder(root: Path, continues: bool, overwrite: bool, source: Path | None) -> None:
+    """Make sure that a new run does not mix with an old one, nor delete what it starts from.
 
     Args:
         root: The run folder.
-        keep: Whether the run continues what the folder holds.
-        overwrite: Whether to delete what the folder holds.
+        continues: Whether the run goes on with what the folder holds.
+        overwrite: Whether the folder's run may be deleted.
+        source: Checkpoint or adapter folder that the run starts from, or None.
 
     Raises:
-        UserError: the folder holds a run and neither is asked for.
+        UserError: the folder holds a run that is neither continued nor given up.
     """
-    held = [path for name in (FOLDER, METRICS_FILE) if (path := root / name).exists()]
-    if keep or not held:
-        return
-    if not overwrite:
+    if overwrite and (continues or (source is not None and _lies_in(source, root))):
+        raise UserError(
+            f"--overwrite would delete the run in {root} that --ckpt_path starts from; leave one out or set --trainer.default_root_dir"
+        )
+    if not continues and not overwrite and any((root / name).exists() for name in (FOLDER, METRICS_FILE)):
         raise UserError(
             f"run folder {root} holds an earlier run; continue it with --ckpt_path last, name another with --trainer.default_root_dir, "
-            "or delete it with --overwrite true"
+            "or delete it with --overwrite"
         )
-    for path in held:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def clear_folder(root: Path) -> None:
+    """Delete the checkpoints and metrics of an earlier run."""
+    shutil.rmtree(root / FOLDER, ignore_errors=True)
+    (root / METRICS_FILE).unlink(missing_ok=True)
+
+
+def _lies_in(path: Path, folder: Path) -> bool:
+    return path.resolve().is_relative_to(folder.resolve())
 
 
 def _as_list(value: Any) -> list[Any]:

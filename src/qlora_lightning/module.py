@@ -5,6 +5,7 @@ Shapes: B rows of a microbatch, T tokens of a row, P scored positions of a row, 
 """
 
 from contextlib import AbstractContextManager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,25 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from qlora_lightning.console import console, say
+from qlora_lightning.data.tokenize import IGNORED
 from qlora_lightning.errors import UserError
 from qlora_lightning.generation import Assistant, GenerationSpec
 from qlora_lightning.modeling.adapters import LoRASpec, attach_lora, check_adapter_shapes, load_adapter, norms_to_fp32
 from qlora_lightning.modeling.checkpointing import apply_gradient_checkpointing
+from qlora_lightning.modeling.fingerprint import base_fingerprint
 from qlora_lightning.modeling.ledger import ledger, ledger_table
-from qlora_lightning.modeling.loading import Compute, QuantizationSpec, base_fingerprint, compute_dtype, load_base_model
+from qlora_lightning.modeling.loading import Compute, QuantizationSpec, compute_dtype, load_base_model
+from qlora_lightning.modeling.sources import stored_source
 from qlora_lightning.optim import OptimizerSpec, build_optimizer, build_schedule, optimized
 from qlora_lightning.strategies.policy import MemoryPolicy
 
-IGNORED = -100
+COMPARED = {
+    "base_fingerprint": "weights of the base model",
+    "quantization": "quantization",
+    "lora": "LoRA r and alpha",
+    "optimizer": "optimizer settings",
+}
+"""What of ``metadata`` a checkpoint must share with the recipe that loads it."""
 
 
 class QLoRAModule(LightningModule):
@@ -85,13 +95,13 @@ class QLoRAModule(LightningModule):
         self._compute_dtype = compute_dtype(self.compute, device)
         say(f"Loading {self.base_model} in {self.quantization.quant_type} onto {device}")
         base = load_base_model(self.base_model, self.quantization, self._compute_dtype, device, self.revision)
-        self.base_fingerprint = base_fingerprint(base)
+        self.base_fingerprint = base_fingerprint(self.base_model, self.revision)
         torch.manual_seed(torch.initial_seed())  # A's first values depend on the seed alone, not on what ran before
         model = attach_lora(base, self.lora)
         norms_to_fp32(model, self._compute_dtype)
         apply_gradient_checkpointing(model, self.policy.gradient_checkpointing)
         if self.initial_adapter is not None:
-            load_adapter(model, self.initial_adapter)
+            load_adapter(model, self.initial_adapter, self.base_fingerprint)
         self.model = model.train()
         console.print(ledger_table(ledger(self.model)))
 
@@ -197,12 +207,13 @@ class QLoRAModule(LightningModule):
     def metadata(self) -> dict[str, Any]:
         """What tells whether an adapter or checkpoint belongs to this model, as plain values."""
         return {
-            "base_model": self.base_model,
+            "base_model": stored_source(self.base_model),
             "revision": self.revision,
             "base_fingerprint": self.base_fingerprint,
             "quantization": {"quant_type": self.quantization.quant_type, "double_quant": self.quantization.double_quant},
             "lora": {"r": self.lora.r, "alpha": self.lora.alpha},
             "compute": self.compute,
+            "optimizer": asdict(self.optimizer) | {"betas": list(self.optimizer.betas)},
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -217,12 +228,9 @@ class QLoRAModule(LightningModule):
             {name: tuple(value.shape) for name, value in state.items()} for state in (checkpoint["state_dict"], self.state_dict())
         )
         check_adapter_shapes(given, expected, "the checkpoint")
-        for key, meaning in (
-            ("base_fingerprint", "weights of the base model"),
-            ("quantization", "quantization"),
-            ("lora", "LoRA r and alpha"),
-        ):
-            if mine[key] != theirs[key]:
+        fitting = self.trainer.state.fn == "fit"  # the optimizer goes on as it was: other settings would be ignored without a word
+        for key, meaning in COMPARED.items():
+            if mine[key] != theirs[key] and (fitting or key != "optimizer"):
                 raise UserError(
                     f"the checkpoint was trained on {theirs['base_model']} with other {meaning} ({theirs[key]}) than this recipe's "
                     f"{self.base_model} ({mine[key]}); resume with the recipe that began the run"

@@ -66,6 +66,11 @@ def describe_optimizer(policy: MemoryPolicy, device: torch.device) -> str:
 def build_schedule(optimizer: Optimizer, spec: OptimizerSpec, total_steps: int) -> LambdaLR:
     """Warm-up, then the named schedule down to zero at ``total_steps`` optimizer steps."""
 
+    if spec.schedule != "constant" and total_steps < 1:
+        raise UserError(
+            f"model.optimizer.schedule {spec.schedule} needs to know the last step; set trainer.max_steps or trainer.max_epochs"
+        )
+
     def factor(step: int) -> float:
         if step < spec.warmup_steps:
             return (step + 1) / spec.warmup_steps

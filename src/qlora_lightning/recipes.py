@@ -34,6 +34,12 @@ def find_recipe(name_or_path: str) -> Path:
     return path if path.is_file() else _shipped_recipe(name_or_path)
 
 
+def find_datamodule(name_or_path: str) -> Path:
+    """The YAML of an instruction set: an existing file wins, else a shipped one of that name; anything else is left to the parser."""
+    shipped = shipped_root() / "datamodules" / f"{name_or_path}.yaml"
+    return shipped if shipped.is_file() and not Path(name_or_path).is_file() else Path(name_or_path)
+
+
 def _shipped_recipes() -> dict[str, Path]:
     """Every shipped recipe by name: its path below ``recipes/`` without the suffix."""
     folder = shipped_root() / "recipes"

@@ -35,6 +35,7 @@ class AdapterCheckpoint(Checkpoint):
         self.monitor = monitor
         self.best = math.inf
         self._saved_step = 0
+        self._due = False
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
@@ -46,22 +47,40 @@ class AdapterCheckpoint(Checkpoint):
         self._saved_step = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step != self._saved_step and trainer.global_step % self.every_n_steps == 0:
-            self._save_step(trainer)
+        """Note that this step is to be saved: a moment later, when its metrics are logged and its validation, if any, has run."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        step = trainer.global_step
+        due = step % self.every_n_steps == 0 or step >= data.total_steps > 0 or trainer.should_stop
+        self._due = self._due or (due and step != self._saved_step)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._save_if_due(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        value = trainer.callback_metrics.get(self.monitor)
-        if trainer.state.fn != "fit" or trainer.sanity_checking or value is None or not float(value) < self.best:
+        if trainer.state.fn != "fit":
             return
-        self.best = float(value)
-        self._save(trainer, "best")
+        value = trainer.callback_metrics.get(self.monitor)
+        if value is None:
+            raise UserError(f"checkpoint.monitor {self.monitor} is not logged; logged are {', '.join(sorted(trainer.callback_metrics))}")
+        if trainer.sanity_checking:
+            return
+        if float(value) < self.best:
+            self.best = float(value)
+            self._save(trainer, "best")
+        self._save_if_due(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._save_if_due(trainer)  # before any other callback's on_train_end can fail
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.global_step != self._saved_step:
-            self._save_step(trainer)
         for logger in trainer.loggers:
             if isinstance(logger, RunWandbLogger):
                 logger.upload_adapter(run_checkpoints(trainer) / "last", {"step": trainer.global_step})
+
+    def _save_if_due(self, trainer: Trainer) -> None:
+        if self._due:
+            self._due = False
+            self._save_step(trainer)
 
     def _save_step(self, trainer: Trainer) -> None:
         """Save ``last`` and, where they are kept, ``step-<n>`` as the same file under another name."""

@@ -1,14 +1,12 @@
 """What a run is going to do, before the model loads, and where its result lies, at the end."""
 
 import time
-from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from qlora_lightning.callbacks.adapter_checkpoint import run_checkpoints
 from qlora_lightning.callbacks.monitor import peak_memory_gib
 from qlora_lightning.console import console, say
-from qlora_lightning.loggers import RunCSVLogger
 from qlora_lightning.module import QLoRAModule
 from qlora_lightning.plan import plan_run, plan_table
 
@@ -38,12 +36,6 @@ class Announce(Callback):
         self._heldout.append((trainer.global_step, loss))
         say(f"Held-out loss {'before training' if trainer.sanity_checking else f'after step {trainer.global_step}'}: {loss:.4f}")
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Drop the metrics that a resumed run is about to log again."""
-        for logger in trainer.loggers:
-            if isinstance(logger, RunCSVLogger):
-                logger.truncate_after(checkpoint["global_step"])
-
     def state_dict(self) -> dict[str, list[tuple[int, float]]]:
         return {"heldout": self._heldout}
 
@@ -57,6 +49,7 @@ class Announce(Callback):
         if len(self._heldout) > 1:
             (first, before), (last, after) = self._heldout[0], self._heldout[-1]
             say(f"Held-out loss: {before:.4f} (step {first}) -> {after:.4f} (step {last})")
-        say(f"Adapter: {adapter}")
         say(f"Metrics: {trainer.default_root_dir}/metrics.csv")
-        say(f"Talk to it: qlora-lightning chat {adapter}")
+        if adapter.is_dir():
+            say(f"Adapter: {adapter}")
+            say(f"Talk to it: qlora-lightning chat {adapter}")

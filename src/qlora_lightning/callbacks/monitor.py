@@ -62,6 +62,5 @@ class Monitor(Callback):
 def say_optimizer_state(optimizer: Optimizer) -> None:
     """Say, after the first update of a session, how large the optimizer's state is and how much of it can be paged out."""
     all_bytes, paged = state_bytes(optimizer)
-    say(
-        f"Optimizer state: {all_bytes / GIB:.2f} GiB, {paged / GIB:.2f} GiB of it in unified memory (which takes tensors of 100,000 values or more)"
-    )
+    paged_text = f"{paged / GIB:.2f} GiB of it in unified memory (tensors of 100,000 values or more)"
+    say(f"Optimizer state: {all_bytes / GIB:.2f} GiB, {paged_text}")

@@ -6,6 +6,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.table import Table
 
 from qlora_lightning.console import console, say
+from qlora_lightning.data.formats import Conversation
 from qlora_lightning.errors import UserError
 from qlora_lightning.generation import Assistant, GenerationSpec
 from qlora_lightning.module import QLoRAModule
@@ -25,16 +26,27 @@ class Samples(Callback):
         self.count = count
         self.spec = GenerationSpec(max_new_tokens=max_new_tokens)
         self._before: list[str] = []
+        self._resumed = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take no more samples than there are held-out rows, and say so before the model loads where there are none."""
+        if stage != "fit" or not self.count:
+            return
+        rows = len(trainer.datamodule.heldout_conversations(self.count))  # type: ignore[attr-defined]
+        if rows == 0:
+            raise UserError(f"samples.count {self.count} needs held-out rows, and the data set has none; set data.dataset.validation_size")
+        self.count = rows
 
     def state_dict(self) -> dict[str, Any]:
         return {"before": self._before}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._before = state_dict["before"]
+        self._resumed = True
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Answers of the untrained model; a resumed run brings them along."""
-        if self.count and not self._before:
+        """Answers of the untrained model; a resumed run brings them along, as far as it was asked for them then."""
+        if self.count and not self._resumed:
             say(f"Answering {self.count} held-out prompts before training")
             self._before = self._answers(trainer, pl_module)
 
@@ -45,8 +57,10 @@ class Samples(Callback):
         for heading in ("prompt", "before training", "after training", "reference"):
             table.add_column(heading, overflow="fold", ratio=1)
         conversations = trainer.datamodule.heldout_conversations(self.count)  # type: ignore[attr-defined]
-        for conversation, before, after in zip(conversations, self._before, self._answers(trainer, pl_module), strict=True):
-            table.add_row(*(plain(text) for text in (conversation[-2].content, before, after, conversation[-1].content)))
+        answers = self._answers(trainer, pl_module)
+        for number, (conversation, after) in enumerate(zip(conversations, answers, strict=True)):
+            before = self._before[number] if number < len(self._before) else "(not asked)"
+            table.add_row(*(plain(text) for text in (asked(conversation), before, after, conversation[-1].content)))
         console.print(table)
 
     def _answers(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
@@ -54,6 +68,12 @@ class Samples(Callback):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         assistant = Assistant(pl_module.model, data.tokenizer, data.template, pl_module.dtype_of_compute)
         return assistant.answer(data.heldout_conversations(self.count), self.spec)
+
+
+def asked(conversation: Conversation) -> str:
+    """What the last answer answers, with its separate input."""
+    question = conversation[-2]
+    return f"{question.content}\n\n{question.context}" if question.context else question.content
 
 
 def plain(text: str) -> str:

@@ -2,6 +2,8 @@
 
 from collections import Counter
 from collections.abc import Callable
+from hashlib import sha256
+from itertools import islice
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -80,7 +82,9 @@ class InstructionDataModule(LightningDataModule):
         self.train_report: DataReport
         self.val_set: TokenizedDataset | None = None
         self.val_report: DataReport | None = None
+        self._read = False
         self._fingerprint = ""
+        self._training_rows: _Located = []
         self._held_rows: _Located = []
 
     # Reading
@@ -95,13 +99,16 @@ class InstructionDataModule(LightningDataModule):
         Raises:
             UserError: files, rows or the template are wrong, or ``stage`` needs validation rows and there are none.
         """
-        if not self._fingerprint:
+        if not self._read:
+            self._read = True
             self.tokenizer = load_tokenizer(self.base_model, self.base_revision)
-            training, self._held_rows = self._rows()
-            self.train_set, self.train_report = prepare(training, self.spec, self.tokenizer)
+            self._training_rows, self._held_rows = self._rows()
             if self._held_rows:
                 self.val_set, self.val_report = prepare(self._held_rows, self.spec, self.tokenizer)
+        if stage in (None, "fit") and not self._fingerprint:
+            self.train_set, self.train_report = prepare(self._training_rows, self.spec, self.tokenizer)
             self._fingerprint = self.train_set.fingerprint()
+            self._training_rows = []
         if self.val_set is None and stage in ("validate", "test", "predict"):
             raise UserError(
                 "validate, test and predict need validation rows, but the data set has none; "
@@ -123,13 +130,16 @@ class InstructionDataModule(LightningDataModule):
 
     def heldout_conversations(self, n: int | None = None) -> list[Conversation]:
         """The first ``n`` usable validation conversations (all for None), in the order of the rows; none where there is no validation."""
-        return list(read_conversations(self._held_rows, self.spec, Counter()))[:n]
+        conversations = (_to_last_answer(one) for one in read_conversations(self._held_rows, self.spec, Counter()))
+        return list(islice(conversations, n))
 
     # Steps
 
     def check(self, accumulate: int, ranks: int = 1) -> None:
         """Raises UserError unless the global batch divides into ``accumulate`` microbatches on each of ``ranks`` GPUs."""
         size = self.global_batch_size
+        if accumulate < 1:
+            raise UserError(f"trainer.accumulate_grad_batches must be 1 or more, got {accumulate}; use 1")
         if size % ranks:
             near = ceil(size / ranks) * ranks
             raise UserError(
@@ -150,6 +160,12 @@ class InstructionDataModule(LightningDataModule):
             return steps
         limit = self._limit(len(self._sampler(0, 0, None)))
         return steps if limit is None else ceil(limit / self.trainer.accumulate_grad_batches)
+
+    @property
+    def microbatches_per_epoch(self) -> int:
+        """Microbatches of an epoch on this rank; as far as the trainer's limit_train_batches lets it go."""
+        whole = len(self._sampler(0, 0, None))
+        return self._limit(whole) or whole
 
     @property
     def total_steps(self) -> int:
@@ -256,16 +272,23 @@ class InstructionDataModule(LightningDataModule):
         """What an adapter folder records of its data: how to prompt the model, and what it was trained on; plain values."""
         rows = {"training rows": self.train_report.kept, "held-out rows": self.val_report.kept if self.val_report else 0}
         data = {"data set": self.spec.name, **rows, "fingerprint": self._fingerprint}
-        return {"template": self.spec.template, "system_prompt": self.spec.system_prompt, "data": data}
+        template = {"template": self.spec.template, "template_hash": sha256(repr(self.template).encode()).hexdigest()[:16]}
+        return {**template, "system_prompt": self.spec.system_prompt, "data": data}
 
     def _identity(self) -> dict[str, Any]:
         return {
             "seed": self.seed,
             "global_batch_size": self.global_batch_size,
             "group_by_length": self.group_by_length,
+            "steps_per_epoch": self.steps_per_epoch,
             "examples": len(self.train_set),
             "fingerprint": self._fingerprint,
         }
+
+
+def _to_last_answer(conversation: Conversation) -> Conversation:
+    """Without what the user said after the last answer."""
+    return conversation[: max(n for n, message in enumerate(conversation) if message.role == "assistant") + 1]
 
 
 def _located(path: Path) -> _Located:

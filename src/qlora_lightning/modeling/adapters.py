@@ -59,7 +59,8 @@ def norms_to_fp32(model: torch.nn.Module, dtype: torch.dtype) -> None:
     """Keep normalisation weights in fp32, as the paper's authors do, and give what they put out in ``dtype``; nothing else is upcast.
 
     An fp32 weight would otherwise make the norm's output fp32, then that of every 4-bit layer behind it (bitsandbytes answers in the
-    dtype it is asked in), and so the whole residual stream: a fifth more time and twice the activations for the same products.
+    dtype it is asked in), and so the whole residual stream: a quarter more time at 7B, and 2 GiB more at 16 x 512
+    tokens, for the same products (benchmarks/2026-11-23-fit-7b-h200.md).
     """
     for name, module in model.named_modules():
         if "norm" in name.rsplit(".", 1)[-1] and not list(module.children()):
@@ -88,13 +89,23 @@ def adapter_metadata(folder: Path) -> dict[str, Any]:
     return json.loads(file.read_text()) if file.is_file() else {}
 
 
-def load_adapter(model: PeftModel, folder: Path) -> None:
+def load_adapter(model: PeftModel, folder: Path, base_fingerprint: str) -> None:
     """Copy an adapter folder's weights into the attached adapter.
+
+    Args:
+        model: A 4-bit base with an adapter.
+        folder: The adapter folder.
+        base_fingerprint: That of the model's base, to be compared with the one that the folder records.
 
     Raises:
         UserError: its tensors are not those of this model's adapter (another rank, other layers, another base).
     """
     metadata = adapter_metadata(folder)
+    if metadata.get("base_fingerprint", base_fingerprint) != base_fingerprint:
+        raise UserError(
+            f"{folder} was trained on {metadata['base_model']} with other weights ({metadata['base_fingerprint']}) than this base model "
+            f"({base_fingerprint}); give the base that it was trained on"
+        )
     weights = load_file(folder / ADAPTER_FILE)
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     check_adapter_shapes(

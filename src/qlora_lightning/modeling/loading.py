@@ -4,9 +4,8 @@ Lightning's own bitsandbytes plugin is not used: it quantises lm_head and attach
 success when it ignored the weights of a 4-bit checkpoint.
 """
 
-import hashlib
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
@@ -103,28 +102,3 @@ def _keep_plain_layout(model: PreTrainedModel) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010  (nn.Module types attributes as tensors)
-
-
-def base_fingerprint(model: PreTrainedModel) -> str:
-    """A hash that tells base models apart: the shape of the network, all norms, and 65,536 values spread over the embeddings.
-
-    Taken of parameters that are not quantised and rounded to bf16, so that it is the same on every device and in every compute dtype.
-    """
-    config = model.config.to_dict()
-    keys = (
-        "model_type",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "vocab_size",
-    )
-    digest = hashlib.sha256(repr([(key, config.get(key)) for key in keys]).encode())
-    weight: Any = model.get_input_embeddings().weight
-    embeddings = weight.detach().flatten()
-    parts = [embeddings[:: max(1, embeddings.numel() // 65_536)]]
-    parts += [p.detach().flatten() for n, p in model.named_parameters() if "norm" in n and "lora" not in n]
-    values = torch.cat([part.to(torch.bfloat16).cpu() for part in parts])
-    digest.update(values.view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:16]

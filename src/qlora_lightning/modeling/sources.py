@@ -46,6 +46,12 @@ def resolve_base(source: str) -> str:
     return source
 
 
+def stored_source(source: str) -> str:
+    """``source`` as it is written into an adapter folder: a local path without the working folder that it was relative to."""
+    path = Path(source).expanduser()
+    return str(path.resolve()) if path.exists() else source
+
+
 def _package_file(source: str) -> str:
     package, _, name = source.removeprefix(PACKAGE_SCHEME).partition("/")
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
@@ -75,11 +81,11 @@ def _convert_gguf(file: Path) -> Path:
     target = cache_folder() / "gguf" / f"{file.stem}-{digest.hexdigest()[:16]}"
     if not target.is_dir():
         say(f"Converting {file.name} to safetensors, once (about half a minute for 100 MB); kept in {target}")
-        _write_converted(file, target)
+        _write_converted(file, target, digest.hexdigest())
     return target
 
 
-def _write_converted(file: Path, target: Path) -> None:
+def _write_converted(file: Path, target: Path, digest: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -94,7 +100,7 @@ def _write_converted(file: Path, target: Path) -> None:
         ready = Path(beside, "model")
         model.save_pretrained(ready)
         tokenizer.save_pretrained(ready)
-        (ready / "source.json").write_text(json.dumps({"gguf": file.name}) + "\n")
+        (ready / "source.json").write_text(json.dumps({"gguf": file.name, "sha256": digest}) + "\n")
         if not target.is_dir():  # another process may have been first
             ready.rename(target)
 
