@@ -11,8 +11,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from qlora_lightning.generation import load_assistant
-from qlora_lightning.modeling.adapters import LoRASpec, attach_lora, norms_to_fp32
+from qlora_lightning.errors import UserError
+from qlora_lightning.generation import adapter_spec, load_assistant
+from qlora_lightning.modeling.adapters import LoRASpec, adapter_config, attach_lora, norms_to_fp32, save_adapter
 from qlora_lightning.modeling.fingerprint import base_fingerprint
 from qlora_lightning.modeling.ledger import ledger
 from qlora_lightning.modeling.loading import QuantizationSpec, compute_dtype, load_base_model
@@ -22,6 +23,13 @@ CPU = torch.device("cpu")
 
 def load(base: Path, dtype: torch.dtype = torch.bfloat16, quantization: QuantizationSpec | None = None):
     return load_base_model(str(base), quantization or QuantizationSpec(), dtype, CPU)
+
+
+@pytest.fixture
+def adapter_folder(tiny_base: Path, tmp_path: Path) -> Path:
+    """An untrained adapter as a fit saves it, with just enough metadata to be loaded."""
+    save_adapter(attach_lora(load(tiny_base), LoRASpec(r=2)), tmp_path, {"base_model": str(tiny_base)}, "")
+    return tmp_path
 
 
 def test_every_linear_layer_of_the_blocks_gets_an_adapter_and_nothing_else_is_trained(tiny_base: Path) -> None:
@@ -111,6 +119,55 @@ def test_adapter_of_another_base_is_refused(fit: Callable[..., Path], tmp_path: 
     (folder / "qlora_lightning.json").write_text(json.dumps(metadata | {"base_fingerprint": "0" * 16}))
     with pytest.raises(UserError, match="with other weights"):
         load_assistant(folder, None, None)
+
+
+NO_JSON = "{file} is not JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1)); {end}"
+BROKEN = "copy the adapter again or give another"
+PLAIN = "use it with PEFT, or give another"
+
+
+@pytest.mark.parametrize(
+    "file, content, line",
+    [
+        (
+            "qlora_lightning.json",
+            b"{",
+            NO_JSON,
+        ),
+        ("qlora_lightning.json", b"[]", "{file} must hold one JSON object, got list; {end}"),
+        (
+            "adapter_config.json",
+            b"{",
+            NO_JSON,
+        ),
+        ("adapter_model.safetensors", b"", "{file} cannot be read (Error while deserializing header: header too small); {end}"),
+    ],
+)
+def test_broken_files_of_an_adapter(adapter_folder: Path, file: str, content: bytes, line: str) -> None:
+    (adapter_folder / file).write_bytes(content)
+    with pytest.raises(UserError) as error:
+        load_assistant(adapter_folder, None, None)
+    assert str(error.value) == line.format(file=adapter_folder / file, end=BROKEN)
+
+
+@pytest.mark.parametrize(
+    "change, line",
+    [
+        ({"use_rslora": True}, "needs plain LoRA with one r and alpha, got use_rslora True; " + PLAIN),
+        ({"use_dora": True}, "needs plain LoRA with one r and alpha, got use_dora True; " + PLAIN),
+        ({"alpha_pattern": {"q_proj": 8}}, "needs plain LoRA with one r and alpha, got alpha_pattern {'q_proj': 8}; " + PLAIN),
+        ({"rank_pattern": {"q_proj": 8}}, "needs plain LoRA with one r and alpha, got rank_pattern {'q_proj': 8}; " + PLAIN),
+        ({"peft_type": "IA3"}, "must hold a LoRA adapter, got peft_type IA3; give another adapter"),
+    ],
+)
+def test_adapters_that_we_cannot_represent(adapter_folder: Path, change: dict[str, object], line: str) -> None:
+    """In chat and where a fit starts from one; loaded in silence, their answers would be wrong."""
+    file = adapter_folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    for read in (adapter_spec, adapter_config):
+        with pytest.raises(UserError) as error:
+            read(adapter_folder)
+        assert str(error.value) == f"{adapter_folder} {line}"
 
 
 def test_fit_from_an_adapter_folder_starts_with_its_weights_at_step_zero(fit: Callable[..., Path]) -> None:

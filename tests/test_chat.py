@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from qlora_lightning.chat import _asked
 from qlora_lightning.cli import main
 from qlora_lightning.data.formats import Message
+from qlora_lightning.data.tokenize import Encoder
 from qlora_lightning.generation import GenerationSpec, left_pad, load_assistant
 
 
@@ -112,6 +114,120 @@ def test_generate_does_not_overwrite(tiny_base: Path, tmp_path: Path, capsys: py
     assert output.read_text() == "precious"
     assert main([*command, "--overwrite"]) == 0
     assert json.loads(output.read_text())["prompt"] == "Hi"
+
+
+def line_of(capsys: pytest.CaptureFixture[str], *command: str) -> str:
+    """The last line of a command that must fail by the user's mistake."""
+    assert main(list(command)) == 2
+    return capsys.readouterr().err.strip().split("\n")[-1].removeprefix("qlora-lightning: ")
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    file = tmp_path / "prompts.txt"
+    file.write_text("Hi\n\nAnd you?\n")
+    return file
+
+
+def test_batch_size_of_nothing(prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = line_of(capsys, "generate", str(prompts), str(tmp_path / "out.jsonl"), "--batch_size", "0")
+    assert line == "batch_size must be 1 or more, got 0; leave it out for 8"
+
+
+def test_output_that_is_a_folder(prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = line_of(capsys, "generate", str(prompts), str(tmp_path), "--overwrite")
+    assert line == f"output {tmp_path} is a folder; give the name of a file in it"
+
+
+def test_prompts_that_are_not_utf_8(prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts.write_bytes(b"Hi\nGr\xfc\xdfe\n")
+    line = line_of(capsys, "generate", str(prompts), str(tmp_path / "out.jsonl"))
+    assert line == f"{prompts}:2: text must be UTF-8, found byte 0xfc; save the file as UTF-8"
+
+
+def test_prompts_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = line_of(capsys, "generate", str(tmp_path / "none.txt"), str(tmp_path / "out.jsonl"))
+    assert line == f"{tmp_path / 'none.txt'}: no such file; give one that exists"
+
+
+@pytest.mark.parametrize(
+    "messages, complaint",
+    [
+        ([{"role": "user", "content": None}], "message 1: field 'content' must be text, got null; correct or remove the row"),
+        ([{"role": "system", "content": "a"}], "`messages` need one of the user to answer, found system alone; correct the row"),
+        (
+            [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}],
+            "user and assistant must speak in turn, but message 2 is by system where assistant is due; correct or remove the row",
+        ),
+    ],
+)
+def test_messages_that_cannot_be_answered(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], messages: list[dict[str, object]], complaint: str
+) -> None:
+    file = tmp_path / "p.jsonl"
+    file.write_text(json.dumps({"messages": messages}) + "\n")
+    assert line_of(capsys, "generate", str(file), str(tmp_path / "out.jsonl")) == f"{file}:1: {complaint}"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": "human", "content": "a"}, {"role": "gpt", "content": "b"}]},
+        {"conversations": [{"from": "human", "value": "a"}]},
+    ],
+)
+def test_every_spelling_of_a_role_is_asked(row: dict[str, object]) -> None:
+    assert _asked(row, "here") == [Message("user", "a")]
+
+
+def test_a_failed_run_leaves_no_answers_under_the_name(
+    prompts: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qlora_lightning.generation import Assistant
+
+    output, asked = tmp_path / "out.jsonl", []
+
+    def fails_later(self: Assistant, conversations: list[list[Message]], spec: GenerationSpec) -> list[str]:
+        asked.append(conversations)
+        if len(asked) == 2:
+            raise ZeroDivisionError
+        return ["a"]
+
+    monkeypatch.setattr(Assistant, "answer", fails_later)
+    command = ["generate", str(prompts), str(output), "--base_model", str(tiny_base), "--batch_size", "1"]
+    with pytest.raises(ZeroDivisionError):
+        main(command)
+    assert not output.exists()
+    assert main(command) == 0
+    assert len(output.read_text().splitlines()) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "prompts.txt"]
+
+
+def test_encoder_is_made_once(tiny_base: Path) -> None:
+    """It copies the tokenizer's backend."""
+    assistant, _ = load_assistant(None, str(tiny_base), "chatml")
+    with pytest.MonkeyPatch.context() as patch:
+        made: list[Encoder] = []
+        patch.setattr("qlora_lightning.generation.Encoder", lambda *args: made.append(Encoder(*args)) or made[-1])
+        assert torch.equal(assistant.encode([ask("Hi")])[0], assistant.encode([ask("Hi")])[0])
+    assert len(made) == 1
+
+
+@pytest.mark.parametrize(
+    "command, line",
+    [
+        (["chat", "--temprature", "1"], "unknown option temprature; did you mean temperature?"),
+        (["generate", "--batchsize=3", "p.txt", "out.jsonl"], "unknown option batchsize; did you mean batch_size?"),
+        (["recipes", "copy", "--flder", "x"], "unknown option flder; did you mean folder?"),
+    ],
+)
+def test_a_misspelt_option_is_no_value(capsys: pytest.CaptureFixture[str], command: list[str], line: str) -> None:
+    assert line_of(capsys, *command) == line
+
+
+def test_a_misspelt_template(tiny_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = line_of(capsys, "chat", "--base_model", str(tiny_base), "--template", "alpca")
+    assert line == "template must be one of alpaca, chatml, guanaco, plain; got 'alpca', nearest is alpaca"
 
 
 def test_chat_needs_a_base(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import socket
+import sys
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ import pytest
 import torch
 
 from qlora_lightning import doctor as doctor_module
-from qlora_lightning.doctor import advise, check_bitsandbytes, doctor, examine
+from qlora_lightning.doctor import advise, doctor, examine
+from qlora_lightning.modeling import loading
+from qlora_lightning.modeling.loading import check_bitsandbytes
 
 GPU: dict[str, Any] = {
     "versions": dict.fromkeys(("torch", "lightning", "transformers", "peft", "bitsandbytes", "triton", "cuda", "driver"), "1.0"),
@@ -50,7 +53,6 @@ def test_a_good_machine_needs_no_advice() -> None:
     "path, value, expected",
     [
         ("versions.peft", None, "peft is not installed"),
-        ("versions.triton", None, "triton is missing"),
         ("bitsandbytes", {"works": False, "device": "cuda", "error": "no kernel"}, "bitsandbytes does not work on cuda (no kernel)"),
         ("device.bf16", False, "set model.compute: fp32"),
         ("device.memory_free_gib", 30.0, "other processes hold 50.0 GiB"),
@@ -66,6 +68,20 @@ def test_advice_for_one_planted_fact(path: str, value: Any, expected: str) -> No
     assert any(expected in line for line in advise(planted(path, value)))
 
 
+def test_advice_names_only_what_there_is() -> None:
+    """Neither a command nor kernels that do not exist yet."""
+    facts = planted("device.memory_free_gib", 4.0)
+    facts["device"]["memory_total_gib"] = 4.0
+    assert advise(facts) == ["4.0 GiB of memory free: too little for a 7B model; free some, or take a smaller base model"]
+    assert advise(planted("versions.triton", None)) == []
+
+
+def test_a_missing_library_is_reported_not_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "qlora_lightning.modeling.loading", None)
+    facts = examine()
+    assert facts["can_train"] is False and "qlora_lightning.modeling.loading" in facts["bitsandbytes"]["error"]
+
+
 def test_advice_without_a_gpu() -> None:
     facts = planted("device", {**GPU["device"], "kind": "cpu", "bf16": False, "compute_capability": None})
     facts["versions"].update(cuda=None, driver="580.1")
@@ -76,7 +92,8 @@ def test_advice_without_a_gpu() -> None:
 
 
 def test_bitsandbytes_multiplies_correctly_here() -> None:
-    assert check_bitsandbytes(torch.device("cpu")) == {"works": True, "device": "cpu", "error": None}
+    assert check_bitsandbytes(torch.device("cpu")) is None
+    assert check_bitsandbytes(torch.device("cpu"), torch.float32) is None
 
 
 def test_wrong_product_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,15 +102,16 @@ def test_wrong_product_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     right = bitsandbytes.matmul_4bit
     monkeypatch.setattr(bitsandbytes, "matmul_4bit", lambda *args, **options: right(*args, **options) * 1.1)
     answer = check_bitsandbytes(torch.device("cpu"))
-    assert answer["works"] is False
-    assert answer["error"].startswith("the 4-bit product is off by 1")
+    assert answer is not None and answer.startswith("the 4-bit product is off by 1")
+    facts = examine()
+    assert facts["bitsandbytes"]["works"] is False and facts["bitsandbytes"]["error"].startswith("the 4-bit product is off by 1")
 
 
 def break_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(device: torch.device) -> float:
+    def broken(device: torch.device, dtype: torch.dtype) -> float:
         raise RuntimeError("libbitsandbytes: no such file")
 
-    monkeypatch.setattr(doctor_module, "_nf4_error", broken)
+    monkeypatch.setattr(loading, "_nf4_error", broken)
 
 
 def test_json_is_one_document_with_every_key(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +140,7 @@ def test_broken_bitsandbytes_ends_with_2(capsys: pytest.CaptureFixture[str], mon
     assert "training cannot run here" in capsys.readouterr().out
     assert doctor(json=True) == 2
     facts = json.loads(capsys.readouterr().out)
-    assert facts["bitsandbytes"]["error"] == "RuntimeError: libbitsandbytes: no such file"
+    assert facts["bitsandbytes"]["error"] == "libbitsandbytes: no such file"
     assert facts["can_train"] is False
 
 

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +12,8 @@ import torch
 from running import base_options
 
 from qlora_lightning.cli import main
+from qlora_lightning.errors import UserError
+from qlora_lightning.modeling.loading import compute_dtype
 
 
 @pytest.fixture
@@ -21,8 +25,9 @@ def complaint(tiny_base: Path, rows_file: Path, tmp_path: Path, capsys: pytest.C
         assert main([command, *base_options(base, rows, tmp_path / "run"), *options]) == 2  # type: ignore[arg-type]
         captured = capsys.readouterr()
         assert "Traceback" not in captured.err
-        last = captured.err.strip().split("\n")[-1]
+        *before, last = captured.err.strip().split("\n")
         assert last.startswith("qlora-lightning: ")
+        assert not [line for line in before if line.startswith("qlora-lightning: ")]
         assert captured.out == ""
         return last.removeprefix("qlora-lightning: ")
 
@@ -102,6 +107,32 @@ def test_base_model_folder_without_weights(complaint: Callable[..., str], tiny_b
     assert complaint(base=folder).startswith(f"base model folder {folder} has no weights (*.safetensors")
 
 
+@pytest.mark.parametrize(
+    "file, size, reason",
+    [
+        ("model.safetensors", 5000, "Error while deserializing header: incomplete metadata, file not fully covered"),
+        ("model.safetensors", 0, "Error while deserializing header: header too small"),
+        ("config.json", 20, "It looks like the config file at '{folder}/config.json' is not a valid JSON file."),
+    ],
+)
+def test_base_model_folder_with_a_file_cut_short(
+    complaint: Callable[..., str], tiny_base: Path, tmp_path: Path, file: str, size: int, reason: str
+) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_base, folder)
+    (folder / file).write_bytes((folder / file).read_bytes()[:size])
+    rule = f"base model {folder} cannot be loaded ({reason.format(folder=folder)})"
+    assert complaint(base=folder) == f"{rule}; copy or download its files again, or give another base"
+
+
+def test_cache_that_cannot_be_written(complaint: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = write(tmp_path / "file", "") / "cache"
+    monkeypatch.setenv("QLORA_LIGHTNING_CACHE", str(cache))
+    assert complaint(base=write(tmp_path / "m.gguf", "not a model")) == (
+        f"converted models are kept in {cache}, which cannot be written (Not a directory); set QLORA_LIGHTNING_CACHE to a folder that can"
+    )
+
+
 def test_base_model_folder_without_config(complaint: Callable[..., str], tmp_path: Path) -> None:
     assert complaint(base=tmp_path) == f"base model folder {tmp_path} has no config.json; it must be a Hugging Face model folder"
 
@@ -144,6 +175,17 @@ def test_no_bitsandbytes_backend(complaint: Callable[..., str], monkeypatch: pyt
     assert complaint() == "bitsandbytes cannot work on cpu (no kernel for this device); see `qlora-lightning doctor`"
 
 
+def test_bf16_is_asked_of_the_device_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of the current one: of two GPUs only the first may have it."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0) if device.index == 0 else (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "An old GPU")
+    assert compute_dtype("auto", torch.device("cuda", 0)) == torch.bfloat16
+    assert compute_dtype("fp32", torch.device("cuda", 1)) == torch.float32
+    with pytest.raises(UserError) as error:
+        compute_dtype("auto", torch.device("cuda", 1))
+    assert str(error.value) == "An old GPU has no bf16 (Ampere or newer has); set model.compute: fp32, which is slow"
+
+
 def test_checkpoint_of_another_rank(complaint: Callable[..., str], fit: Callable[..., Path]) -> None:
     fit("trainer.max_steps=1")
     expected = "holds an adapter of rank 4, this recipe says 8; set model.lora.r: 4"
@@ -183,6 +225,35 @@ def test_missing_and_truncated_checkpoint(complaint: Callable[..., str], fit: Ca
     assert complaint("--ckpt_path", "last").startswith(f"checkpoint {last} cannot be read")
 
 
+@pytest.mark.parametrize("content", [[1], {"state_dict": {}}], ids=["list", "other"])
+def test_checkpoint_of_another_tool(complaint: Callable[..., str], tmp_path: Path, content: object) -> None:
+    file = tmp_path / "other.ckpt"
+    torch.save(content, file)
+    expected = f"checkpoint {file} was not written by qlora-lightning; give a .ckpt of a run folder's checkpoints/"
+    assert complaint("--ckpt_path", str(file)) == expected
+
+
+def test_adapter_folder_of_another_alpha(complaint: Callable[..., str], fit: Callable[..., Path], tmp_path: Path) -> None:
+    """PEFT's own file says which alpha it was: not every folder has ours."""
+    adapter = shutil.copytree(fit("trainer.max_steps=1") / "checkpoints" / "last", tmp_path / "adapter")
+    (adapter / "qlora_lightning.json").unlink()
+    line = complaint("--model.lora.alpha", "32", "--ckpt_path", str(adapter), "--overwrite", "true")
+    assert line == f"{adapter} was trained with alpha 16, this recipe says 32; set model.lora.alpha: 16"
+
+
+def test_missing_validation_file_names_its_option(complaint: Callable[..., str], tmp_path: Path) -> None:
+    none = tmp_path / "none.jsonl"
+    assert complaint("--data.dataset.validation_path", str(none)) == (
+        f"{none}: no such file; correct data.dataset.validation_path (relative paths count from the YAML that names them)"
+    )
+
+
+def test_recipe_that_is_not_utf_8(complaint: Callable[..., str], tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_bytes(b"# mine\n# gr\xf6\xdfer\nmodel: {}\n")
+    assert complaint("--config", str(recipe)) == f"{recipe}:2: a recipe must be UTF-8, found byte 0xf6; save the file as UTF-8"
+
+
 def test_batch_that_does_not_divide(complaint: Callable[..., str]) -> None:
     line = complaint("--trainer.accumulate_grad_batches", "3")
     assert line.startswith("trainer.accumulate_grad_batches must divide the 4 examples") and line.endswith("got 3; use one of 1, 2, 4")
@@ -210,6 +281,25 @@ def test_gpu_that_is_not_there(complaint: Callable[..., str]) -> None:
 
 def test_target_modules_that_match_nothing(complaint: Callable[..., str]) -> None:
     assert complaint("--model.lora.target_modules", '["nothing"]').startswith("model.lora.target_modules ['nothing'] match no layer")
+
+
+@pytest.mark.parametrize(
+    "command, line", [("fit", "qlora-lightning: interrupted; resume with the same command and --ckpt_path last\n"), ("chat", "")]
+)
+def test_an_interrupted_fit_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, line: str
+) -> None:
+    def interrupted(arguments: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qlora_lightning.cli._run", interrupted)
+    assert main([command]) == 130
+    assert capsys.readouterr().err == line
+
+
+def test_lines_for_users_do_not_import_torch() -> None:
+    code = "import sys; from qlora_lightning.cli import main; assert main(['fitt']) == 2; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 def test_defect_of_ours_shows_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

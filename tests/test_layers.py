@@ -50,8 +50,23 @@ def imports_of(file: Path) -> list[str]:
     typing_only = [
         node for test in ast.walk(tree) if isinstance(test, ast.If) and "TYPE_CHECKING" in ast.unparse(test.test) for node in ast.walk(test)
     ]
-    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node not in typing_only]
-    return [node.module.removeprefix("qlora_lightning.") for node in nodes if node.module and node.module.startswith("qlora_lightning.")]
+    names: list[str] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node not in typing_only:
+            assert node.level == 0, f"{file} has a relative import in line {node.lineno}: name the module in full"
+            names.append(node.module or "")
+    return [name.removeprefix("qlora_lightning.") for name in names if name.startswith("qlora_lightning.")]
+
+
+def test_every_kind_of_import_counts(tmp_path: Path) -> None:
+    file = tmp_path / "x.py"
+    file.write_text("import qlora_lightning.chat\nimport os\nfrom qlora_lightning.data.files import place\n")
+    assert imports_of(file) == ["chat", "data.files"]
+    file.write_text("from . import chat\n")
+    with pytest.raises(AssertionError, match="has a relative import in line 1"):
+        imports_of(file)
 
 
 FILES = sorted(file for file in PACKAGE.rglob("*.py") if file.name != "__init__.py" and "shipped" not in file.parts)
@@ -72,5 +87,6 @@ def test_files_stay_readable(file: Path) -> None:
 
 def test_help_starts_without_torch() -> None:
     """What needs no model must not wait for the libraries that do."""
-    code = "import sys; from qlora_lightning.cli import main; main(['recipes', 'list']); assert 'transformers' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    code = "import sys; from qlora_lightning.cli import main; main(['recipes', 'list'])"
+    check = "assert not {'torch', 'transformers'} & {*sys.modules}"
+    subprocess.run([sys.executable, "-c", f"{code}; {check}"], check=True, capture_output=True)

@@ -122,6 +122,22 @@ def test_copy_never_replaces_silently(shipped: Path, capsys: pytest.CaptureFixtu
     assert Path("datamodules/oasst1.yaml").read_text() == FILES["datamodules/oasst1.yaml"]
 
 
+def test_copy_into_a_file_is_refused(shipped: Path) -> None:
+    Path("mine").write_text("no folder")
+    with pytest.raises(UserError) as error:
+        recipes_copy("quickstart", Path("mine"))
+    rule = "a recipe is copied into a folder, but mine/recipes/quickstart.yaml cannot be written (Not a directory)"
+    assert str(error.value) == f"{rule}; name another"
+
+
+def test_files_must_be_utf_8(shipped: Path) -> None:
+    for name, find in (("mine.yaml", lambda: find_recipe("mine.yaml")), ("lightning_cli.yaml", shared_defaults)):
+        Path(name).write_bytes(b"# gut\n# sch\xf6n\n")
+        with pytest.raises(UserError) as error:
+            find()
+        assert str(error.value) == f"{name}:2: a recipe must be UTF-8, found byte 0xf6; save the file as UTF-8"
+
+
 def test_copy_takes_shipped_names_only(shipped: Path) -> None:
     with pytest.raises(UserError, match="is neither"):
         recipes_copy("nothing")

@@ -51,7 +51,8 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write(f"qlora-lightning: {line}\n")
         return 2
     except KeyboardInterrupt:
-        sys.stderr.write("qlora-lightning: interrupted; resume with the same command and --ckpt_path last\n")
+        if arguments[:1] == ["fit"]:  # nothing else can be resumed
+            sys.stderr.write("qlora-lightning: interrupted; resume with the same command and --ckpt_path last\n")
         return 130
 
 
@@ -96,11 +97,10 @@ def _load(path: str) -> Callable[..., Any]:
 
 def user_line(error: BaseException) -> str | None:
     """One line for an error that a user can mend, None for a defect of ours."""
-    import torch
-
     if isinstance(error, UserError):
         return " ".join(str(error).split())
-    if isinstance(error, torch.OutOfMemoryError):
+    torch = sys.modules.get("torch")  # an error of torch's cannot come from where it was never imported
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return (
             "out of GPU memory; raise trainer.accumulate_grad_batches (smaller microbatches), set "
             "trainer.strategy.init_args.gradient_checkpointing: full, "

@@ -19,7 +19,7 @@ from qlora_lightning import __version__
 from qlora_lightning.loggers import reachable, wandb_logged_in, wandb_mode
 
 GIB = 2**30
-PACKAGES = ("torch", "lightning", "transformers", "peft", "bitsandbytes", "triton", "datasets", "wandb")
+PACKAGES = ("torch", "lightning", "transformers", "peft", "bitsandbytes", "triton", "wandb")
 NEEDED = ("torch", "lightning", "transformers", "peft", "bitsandbytes")
 
 Facts = dict[str, Any]
@@ -43,11 +43,12 @@ def doctor(json: bool = False) -> int:
 
 def examine() -> Facts:
     """Gather the facts; every size is in GiB of 2^30 bytes."""
+    device = _gpu() if torch.cuda.is_available() else _cpu()
     facts: Facts = {
         "versions": _versions(),
-        "device": _gpu() if torch.cuda.is_available() else _cpu(),
+        "device": device,
         "host": {"cpu_cores": _cpu_cores(), **_host_memory()},
-        "bitsandbytes": check_bitsandbytes(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+        "bitsandbytes": _bitsandbytes(device),
         "disk": {"working_folder": _disk(Path.cwd()), "hugging_face_cache": _disk(Path(hub.HF_HUB_CACHE))},
         "network": _network(),
         "wandb": _wandb(),
@@ -150,27 +151,15 @@ def _wandb() -> Facts:
     return {"logged_in": wandb_logged_in(), "mode": mode.mode, "reason": mode.reason}
 
 
-def check_bitsandbytes(device: torch.device) -> Facts:
-    """Quantise 64 x 64 numbers to NF4 on ``device`` and multiply with them: the backend works when that equals its own definition."""
+def _bitsandbytes(device: Facts) -> Facts:
+    """Whether 4-bit products are right on the device that ``_gpu`` or ``_cpu`` describes, in the dtype that a run computes in there."""
     try:
-        error = _nf4_error(device)
-    except Exception as failure:  # a missing library, a wrong CUDA build, no kernel for the device: all mean that it does not work
-        return {"works": False, "device": str(device), "error": f"{type(failure).__name__}: {failure}"}
-    works = error < 0.02  # bfloat16 has 8 bits: two products differ by about 1 %
-    return {"works": works, "device": str(device), "error": None if works else f"the 4-bit product is off by {error:.1%}"}
-
-
-def _nf4_error(device: torch.device) -> float:
-    """Largest difference between bitsandbytes' 4-bit product and the product of the dequantised weight, over the largest entry."""
-    import bitsandbytes
-    from bitsandbytes import functional
-
-    generator = torch.Generator().manual_seed(0)
-    weight, inputs = (torch.randn(64, 64, generator=generator).to(device, torch.bfloat16) for _ in range(2))
-    packed, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
-    expected = inputs.float() @ functional.dequantize_4bit(packed, state).float().t()
-    product = bitsandbytes.matmul_4bit(inputs, packed.t(), quant_state=state)
-    return float((product.float() - expected).abs().max() / expected.abs().max())
+        from qlora_lightning.modeling.loading import check_bitsandbytes  # here: doctor runs, and says so, where transformers is missing
+    except ImportError as failure:
+        reason: str | None = str(failure)
+    else:
+        reason = check_bitsandbytes(torch.device(device["kind"]), torch.bfloat16 if device["bf16"] else torch.float32)
+    return {"works": reason is None, "device": device["kind"], "error": reason}
 
 
 def advise(facts: Facts) -> list[str]:
@@ -191,7 +180,7 @@ def _advise_broken(facts: Facts) -> list[str]:
 def _advise_device(facts: Facts) -> list[str]:
     device, versions = facts["device"], facts["versions"]
     if device["kind"] == "cuda":
-        return _advise_gpu(device, versions)
+        return _advise_gpu(device)
     lines = ["no GPU: training runs on the CPU, which is enough for the quickstart and for models below about 1B parameters"]
     if versions["driver"]:
         build = f"CUDA {versions['cuda']}" if versions["cuda"] else "the CPU only"
@@ -203,12 +192,10 @@ def _advise_device(facts: Facts) -> list[str]:
     return lines
 
 
-def _advise_gpu(device: Facts, versions: dict[str, str | None]) -> list[str]:
+def _advise_gpu(device: Facts) -> list[str]:
     lines = []
     if not device["bf16"]:
         lines.append(f"this GPU (compute capability {device['compute_capability']}) has no bf16: set model.compute: fp32, which is slow")
-    if not versions["triton"]:
-        lines.append("triton is missing: the fused kernels fall back to plain torch, which is slower; pip install triton")
     if device["memory_free_gib"] < 0.8 * device["memory_total_gib"]:
         taken_gib = device["memory_total_gib"] - device["memory_free_gib"]
         lines.append(f"other processes hold {taken_gib:.1f} GiB of the GPU's memory: `nvidia-smi` names them")
@@ -219,7 +206,7 @@ def _advise_room(facts: Facts) -> list[str]:
     lines = []
     free_gib = facts["device"]["memory_free_gib"]
     if free_gib < 6:  # a 7B base takes 3.5 GiB in NF4, then come adapter, optimizer and activations
-        lines.append(f"{free_gib:.1f} GiB of memory free: too little for a 7B model; take a smaller one, and ask `qlora-lightning plan`")
+        lines.append(f"{free_gib:.1f} GiB of memory free: too little for a 7B model; free some, or take a smaller base model")
     for name, least_gib in (("working_folder", 5), ("hugging_face_cache", 20)):
         disk = facts["disk"][name]
         if disk["free_gib"] < least_gib:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from qlora_lightning.data.formats import Conversation
 from qlora_lightning.data.templates import Template, check_template, end_tokens, render_prompt
 from qlora_lightning.data.tokenize import Encoder
 from qlora_lightning.errors import UserError
-from qlora_lightning.modeling.adapters import LoRASpec, adapter_metadata, attach_lora, load_adapter, norms_to_fp32
+from qlora_lightning.modeling.adapters import LoRASpec, adapter_config, adapter_metadata, attach_lora, load_adapter, norms_to_fp32
 from qlora_lightning.modeling.fingerprint import base_fingerprint
 from qlora_lightning.modeling.loading import QuantizationSpec, compute_dtype, load_base_model
 from qlora_lightning.modeling.tokenizer import filler_id, load_tokenizer
@@ -53,6 +54,11 @@ class Assistant:
         """Answers to a batch of conversations that end with a user's message (or whose last answer is to be given anew)."""
         return self.complete(*self.encode(conversations), spec)
 
+    @cached_property
+    def _encoder(self) -> Encoder:
+        """Made once: it copies the tokenizer's backend, which takes longer than to encode a prompt."""
+        return Encoder(self.tokenizer, self.template)
+
     def encode(self, conversations: Sequence[Conversation]) -> tuple[torch.Tensor, torch.Tensor]:
         """Left-padded prompts and their mask, both [B, T].
 
@@ -61,7 +67,7 @@ class Assistant:
         """
         renderings = [render_prompt(conversation, self.template, self.tokenizer) for conversation in conversations]
         prompts = []
-        for rendering, tokens in zip(renderings, Encoder(self.tokenizer, self.template).encode(renderings), strict=True):
+        for rendering, tokens in zip(renderings, self._encoder.encode(renderings), strict=True):
             if tokens is None:
                 raise UserError(f"a prompt spells a control token of the tokenizer, which cannot be kept as text: {rendering.text[:80]!r}")
             prompts.append(tokens.ids.tolist())
@@ -151,9 +157,11 @@ def load_assistant(adapter: Path | None, base_model: str | None, template: str |
 
 
 def adapter_spec(adapter: Path) -> LoRASpec:
-    """The LoRA settings that an adapter folder records in PEFT's own configuration."""
-    from peft import LoraConfig
+    """The LoRA settings that an adapter folder records in PEFT's own configuration.
 
-    config = LoraConfig.from_pretrained(str(adapter))
-    targets = sorted(config.target_modules) if not isinstance(config.target_modules, str) else [config.target_modules]
+    Raises:
+        UserError: they are broken, or more than ``LoRASpec`` can say.
+    """
+    config = adapter_config(adapter)
+    targets = sorted(config.target_modules or []) if not isinstance(config.target_modules, str) else [config.target_modules]
     return LoRASpec(r=config.r, alpha=config.lora_alpha, dropout=0.0, target_modules=targets)

@@ -26,6 +26,13 @@ class OneLineParser(ArgumentParser):
             text = f"{text.split(':')[0]} must be set; give it in the recipe or as --{text.split(':')[0]} VALUE"
         raise UserError(text) from ex
 
+    def _positional_optionals(self, cfg: Any, unk: list[str]) -> Any:
+        """Where options may stand without their name, jsonargparse would take a misspelt ``--name`` for such a value."""
+        unknown = next((argument for argument in unk if argument.startswith("--")), None)
+        if unknown is not None:
+            self.error(f"unrecognized arguments: {unknown}")
+        return super()._positional_optionals(cfg, unk)
+
     def _suggestion(self, key: str) -> str:
         keys = {action.dest for parser in self._all_parsers() for action in parser._actions}
         near = difflib.get_close_matches(key, keys, n=1, cutoff=0.5) or difflib.get_close_matches(

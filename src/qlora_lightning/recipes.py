@@ -25,13 +25,30 @@ def shipped_root() -> Path:
 def shared_defaults() -> Path:
     """What every run shares: ``lightning_cli.yaml`` of the working folder, else the shipped one."""
     own = Path("lightning_cli.yaml")
-    return own if own.is_file() else shipped_root() / own
+    return _utf8(own) if own.is_file() else shipped_root() / own
 
 
 def find_recipe(name_or_path: str) -> Path:
-    """The YAML of a recipe: an existing file wins, else a shipped recipe of that name."""
+    """The YAML of a recipe: an existing file wins, else a shipped recipe of that name.
+
+    Raises:
+        UserError: there is neither, or the file is not UTF-8.
+    """
     path = Path(name_or_path)
-    return path if path.is_file() else _shipped_recipe(name_or_path)
+    return _utf8(path) if path.is_file() else _shipped_recipe(name_or_path)
+
+
+def _utf8(path: Path) -> Path:
+    """``path``, once it is known that the parser can read it: its own complaint would name neither file nor line."""
+    try:
+        data = path.read_bytes()
+        data.decode("utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give a YAML file that can") from error
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}:{line}: a recipe must be UTF-8, found byte 0x{data[error.start]:02x}; save the file as UTF-8") from error
+    return path
 
 
 def find_datamodule(name_or_path: str) -> Path:
@@ -101,9 +118,12 @@ def recipes_copy(name: str, folder: Path = Path(), overwrite: bool = False) -> N
     taken = [str(target) for target in missing.values() if target.exists()]
     if taken and not overwrite:
         raise UserError(f"a copy never replaces other content, and {', '.join(taken)} differs; pass --overwrite or another folder")
-    for source, target in missing.items():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, target)
+    try:
+        for source, target in missing.items():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+    except OSError as error:
+        raise UserError(f"a recipe is copied into a folder, but {target} cannot be written ({error.strerror}); name another") from error
     for source, target in copies.items():
         say(f"{'copied' if source in missing else 'already there'}: {target}")
     say(f"run it with: qlora-lightning fit --config {next(iter(copies.values()))}")

@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
 )
 
 from qlora_lightning.data import files
-from qlora_lightning.data.files import fetch, place, read_rows
+from qlora_lightning.data.files import fetch, place, read_lines, read_rows
 from qlora_lightning.data.spec import DataPath, DatasetSpec
 from qlora_lightning.errors import UserError
 
@@ -105,7 +105,7 @@ def test_what_is_wrong_with_a_file_is_said_in_one_line(tmp_path: Path, name: str
 
 
 def test_a_missing_file_and_a_folder_are_told_apart(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"none.jsonl: no such file; correct data.dataset.path"):
+    with pytest.raises(UserError, match=r"none.jsonl: no such file; give one that exists"):
         list(read_rows(tmp_path / "none.jsonl"))
     (tmp_path / "folder.jsonl").mkdir()
     with pytest.raises(UserError, match=r"folder.jsonl: cannot be read"):
@@ -129,10 +129,28 @@ def test_hub_files_are_fetched_at_the_pinned_revision(hub_spec: DatasetSpec, mon
     assert asked[0] == (("someone/rows", "train.jsonl"), {"repo_type": "dataset", "revision": "0123abc"})
 
 
-def test_local_files_never_ask_the_hub(make_spec: Callable[..., DatasetSpec], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_files_never_ask_the_hub(make_spec: Callable[..., DatasetSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "hf_hub_download", None)
-    spec = make_spec(path=DataPath("/a.jsonl"), validation_path=DataPath("/b.jsonl"), hub_id="someone/rows", validation_hub_file="c.jsonl")
-    assert fetch(spec) == (Path("/a.jsonl"), Path("/b.jsonl"))
+    train, held = (write(tmp_path / name) for name in ("a.jsonl", "b.jsonl"))
+    local = {"path": DataPath(train), "validation_path": DataPath(held)}
+    assert fetch(make_spec(**local, hub_id="someone/rows", validation_hub_file="c.jsonl")) == (train, held)
+
+
+@pytest.mark.parametrize("missing", ["path", "validation_path"])
+def test_a_missing_local_file_names_its_option(make_spec: Callable[..., DatasetSpec], tmp_path: Path, missing: str) -> None:
+    there, none = write(tmp_path / "a.jsonl"), tmp_path / "none.jsonl"
+    spec = make_spec(**{"path": DataPath(there), "validation_path": DataPath(there), missing: DataPath(none)})
+    with pytest.raises(UserError) as error:
+        fetch(spec)
+    assert str(error.value) == f"{none}: no such file; correct data.dataset.{missing} (relative paths count from the YAML that names them)"
+
+
+def test_lines_of_text_without_blank_ones(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_bytes(b"\xef\xbb\xbfone\r\n\n two \xe2\x80\xa8 parts\n")
+    assert list(read_lines(tmp_path / "p.txt")) == [(1, "one"), (3, " two \u2028 parts")]
+    (tmp_path / "p.txt").write_text("\n \n")
+    with pytest.raises(UserError, match=r"p\.txt: the file has no lines; give one with at least one line"):
+        list(read_lines(tmp_path / "p.txt"))
 
 
 RESPONSE = httpx2.Response(404, request=httpx2.Request("GET", "https://hub.invalid"))

@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,19 +43,43 @@ def read_rows(path: str | Path) -> Iterator[tuple[int, Row]]:
     if reader is None:
         raise UserError(f"{path}: a data set must be .json, .jsonl, .csv (each also .gz) or .parquet; convert it to one of these")
     number = 0
-    try:
+    with _reading(path):
         for number, row in reader(path):
             if not isinstance(row, dict):
                 raise UserError(
                     f"{place(path, number)}: a row must be an object with named fields, got {type(row).__name__}; correct the row"
                 )
             yield number, row
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file; correct data.dataset.path (relative paths count from the YAML that names them)") from error
-    except (OSError, EOFError, pyarrow.ArrowException) as error:
-        raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())[:160]}); check the file and its ending") from error
     if number == 0:
         raise UserError(f"{path}: the file has no rows; give one with at least one row")
+
+
+def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
+    """The lines of a text file that are not blank, each with its number.
+
+    Raises:
+        UserError: the file is missing, unreadable, not UTF-8 (with its line), or has nothing but blank lines.
+    """
+    path, empty = Path(path), True
+    with _reading(path), path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            text = _decode(path, line, number).rstrip("\r\n")
+            if text.strip():
+                empty = False
+                yield number, text
+    if empty:
+        raise UserError(f"{path}: the file has no lines; give one with at least one line")
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn what can go wrong with a file into one line."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file; give one that exists") from error
+    except (OSError, EOFError, pyarrow.ArrowException) as error:
+        raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())[:160]}); check the file and its ending") from error
 
 
 def place(path: str | Path, number: int) -> str:
@@ -142,12 +167,19 @@ def fetch(spec: DatasetSpec) -> tuple[Path, Path | None]:
     """The local files of a data set, training and validation; downloads what the hub holds and this machine does not.
 
     Raises:
-        UserError: the hub cannot be reached, or does not give the file.
+        UserError: a local file does not exist, the hub cannot be reached, or does not give the file.
     """
-    train = Path(spec.path) if spec.path is not None else _download(spec, spec.hub_file or "")
+    train = _local(spec.path, "data.dataset.path") if spec.path is not None else _download(spec, spec.hub_file or "")
     if spec.validation_path is not None:
-        return train, Path(spec.validation_path)
+        return train, _local(spec.validation_path, "data.dataset.validation_path")
     return train, _download(spec, spec.validation_hub_file) if spec.validation_hub_file else None
+
+
+def _local(path: str, option: str) -> Path:
+    """Checked here, where it is still known which option named the file."""
+    if not Path(path).exists():
+        raise UserError(f"{path}: no such file; correct {option} (relative paths count from the YAML that names them)")
+    return Path(path)
 
 
 def _download(spec: DatasetSpec, file: str) -> Path:

@@ -1,6 +1,5 @@
 """What a user says about an instruction set: one dataclass, filled from one YAML or from the command line."""
 
-import difflib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any, Literal
 
 from jsonargparse.typing import register_type
 
-from qlora_lightning.data.templates import TEMPLATES
+from qlora_lightning.data.templates import find_template
 from qlora_lightning.errors import UserError
 
 Format = Literal["auto", "instruction", "prompt_response", "messages", "oasst1_tree", "guanaco_text"]
@@ -84,7 +83,7 @@ class DatasetSpec:
         """Checks each value once; everything behind trusts them."""
         self.name = self.name or (Path(self.path).stem if self.path else self.hub_id or "")
         self._check_source()
-        self._check_template()
+        find_template(self.template, "data.dataset.template")
         for name in ("max_length", "source_max_length", "target_max_length"):
             value = getattr(self, name)
             if value is not None and value <= 0:
@@ -114,12 +113,6 @@ class DatasetSpec:
                 f"data.dataset.path replaces the hub's training file, but validation still reads the hub's {self.validation_hub_file}; "
                 "give --data.dataset.validation_path too, or --data.dataset.validation_hub_file null"
             )
-
-    def _check_template(self) -> None:
-        if self.template not in TEMPLATES:
-            near = difflib.get_close_matches(self.template, TEMPLATES, n=1, cutoff=0.0)[0]
-            known = ", ".join(sorted(TEMPLATES))
-            raise UserError(f"data.dataset.template must be one of {known}; got {self.template!r}, nearest is {near}")
 
     @property
     def reads_hub(self) -> bool:

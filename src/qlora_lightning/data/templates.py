@@ -3,6 +3,7 @@
 The spans it returns are the only source of labels: nothing is ever searched for in text or tokens afterwards.
 """
 
+import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -188,13 +189,25 @@ def end_tokens(template: Template, tokenizer: PreTrainedTokenizerBase) -> list[s
     return list(dict.fromkeys(token for token in (template.end, tokenizer.eos_token) if token))
 
 
+def find_template(name: str, option: str = "template") -> Template:
+    """The template of that name; ``option`` is where the user wrote it.
+
+    Raises:
+        UserError: there is none; the line names all and the nearest.
+    """
+    if name not in TEMPLATES:
+        near = difflib.get_close_matches(name, TEMPLATES, n=1, cutoff=0.0)[0]
+        raise UserError(f"{option} must be one of {', '.join(sorted(TEMPLATES))}; got {name!r}, nearest is {near}")
+    return TEMPLATES[name]
+
+
 def check_template(name: str, tokenizer: PreTrainedTokenizerBase) -> Template:
     """The template of that name, once it is known to work with the tokenizer.
 
     Raises:
-        UserError: a token that the template writes is not one token for this tokenizer.
+        UserError: there is no such template, or a token that it writes is not one token for this tokenizer.
     """
-    template = TEMPLATES[name]
+    template = find_template(name)
     if template.end is None and tokenizer.eos_token is None:
         raise UserError(
             f"template {name} ends answers with the tokenizer's eos token, but it has none; use another base or template chatml"

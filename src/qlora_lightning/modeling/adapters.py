@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from qlora_lightning.errors import UserError
+from qlora_lightning.modeling.sources import first_line
 
 METADATA_FILE = "qlora_lightning.json"
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -81,12 +83,41 @@ def adapter_metadata(folder: Path) -> dict[str, Any]:
     """What ``save_adapter`` wrote; {} for a folder written by PEFT alone.
 
     Raises:
-        UserError: this is not an adapter folder.
+        UserError: this is not an adapter folder, or what was written there is broken.
     """
     if not (folder / "adapter_config.json").is_file() or not (folder / ADAPTER_FILE).is_file():
         raise UserError(f"{folder} is not an adapter folder: it needs adapter_config.json and {ADAPTER_FILE}")
     file = folder / METADATA_FILE
-    return json.loads(file.read_text()) if file.is_file() else {}
+    return _read_json(file) if file.is_file() else {}
+
+
+def adapter_config(folder: Path) -> LoraConfig:
+    """PEFT's own configuration of an adapter folder.
+
+    Raises:
+        UserError: it is broken, or asks for more than ``LoRASpec`` can say, which would be lost without a word.
+    """
+    file = folder / "adapter_config.json"
+    values = _read_json(file)
+    if values.get("peft_type") != "LORA":
+        raise UserError(f"{folder} must hold a LoRA adapter, got peft_type {values.get('peft_type')}; give another adapter")
+    for name in ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern"):
+        if values.get(name):
+            raise UserError(f"{folder} needs plain LoRA with one r and alpha, got {name} {values[name]}; use it with PEFT, or give another")
+    try:
+        return LoraConfig.from_pretrained(str(folder))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{file} cannot be read ({first_line(error)}); copy the adapter again or give another") from error
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise UserError(f"{file} is not JSON ({first_line(error)}); copy the adapter again or give another") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{file} must hold one JSON object, got {type(values).__name__}; copy the adapter again or give another")
+    return values
 
 
 def load_adapter(model: PeftModel, folder: Path, base_fingerprint: str) -> None:
@@ -98,7 +129,7 @@ def load_adapter(model: PeftModel, folder: Path, base_fingerprint: str) -> None:
         base_fingerprint: That of the model's base, to be compared with the one that the folder records.
 
     Raises:
-        UserError: its tensors are not those of this model's adapter (another rank, other layers, another base).
+        UserError: its files are broken, or its tensors are not those of this model's adapter (another rank, other layers, another base).
     """
     metadata = adapter_metadata(folder)
     if metadata.get("base_fingerprint", base_fingerprint) != base_fingerprint:
@@ -106,15 +137,18 @@ def load_adapter(model: PeftModel, folder: Path, base_fingerprint: str) -> None:
             f"{folder} was trained on {metadata['base_model']} with other weights ({metadata['base_fingerprint']}) than this base model "
             f"({base_fingerprint}); give the base that it was trained on"
         )
-    weights = load_file(folder / ADAPTER_FILE)
+    alpha, mine = adapter_config(folder).lora_alpha, getattr(model.peft_config["default"], "lora_alpha", None)
+    try:
+        weights = load_file(folder / ADAPTER_FILE)
+    except SafetensorError as error:
+        raise UserError(f"{folder / ADAPTER_FILE} cannot be read ({first_line(error)}); copy the adapter again or give another") from error
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     check_adapter_shapes(
         {name: tuple(value.shape) for name, value in weights.items()},
         {name: tuple(value.shape) for name, value in expected.items()},
         str(folder),
     )
-    alpha, mine = metadata.get("lora", {}).get("alpha"), getattr(model.peft_config["default"], "lora_alpha", None)
-    if alpha not in (None, mine):
+    if alpha != mine:
         raise UserError(f"{folder} was trained with alpha {alpha}, this recipe says {mine}; set model.lora.alpha: {alpha}")
     set_peft_model_state_dict(model, weights)
 

@@ -79,25 +79,35 @@ def _convert_gguf(file: Path) -> Path:
         while block := stream.read(1 << 22):
             digest.update(block)
     target = cache_folder() / "gguf" / f"{file.stem}-{digest.hexdigest()[:16]}"
-    if not target.is_dir():
+    try:
+        if target.is_dir():
+            return target
+        target.parent.mkdir(parents=True, exist_ok=True)
+        workplace = tempfile.TemporaryDirectory(dir=target.parent)
+    except OSError as error:
+        raise UserError(
+            f"converted models are kept in {cache_folder()}, which cannot be written ({error.strerror}); "
+            "set QLORA_LIGHTNING_CACHE to a folder that can"
+        ) from error
+    with workplace as beside:
         say(f"Converting {file.name} to safetensors, once (about half a minute for 100 MB); kept in {target}")
-        _write_converted(file, target, digest.hexdigest())
+        _write_converted(file, Path(beside), target, digest.hexdigest())
     return target
 
 
-def _write_converted(file: Path, target: Path, digest: str) -> None:
+def _write_converted(file: Path, beside: Path, target: Path, digest: str) -> None:
+    """Convert into ``beside``, which lies next to ``target``, and rename at the end: ``target`` is whole or not there."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as beside, quiet_transformers():
+    with quiet_transformers():
         source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
         try:
             tokenizer = AutoTokenizer.from_pretrained(**source)
             model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True))
         except Exception as error:
-            raise UserError(f"{file} cannot be read as a GGUF model ({str(error).splitlines()[0][:160]}); try another file") from error
-        ready = Path(beside, "model")
+            raise UserError(f"{file} cannot be read as a GGUF model ({first_line(error)}); try another file") from error
+        ready = beside / "model"
         model.save_pretrained(ready)
         tokenizer.save_pretrained(ready)
         (ready / "source.json").write_text(json.dumps({"gguf": file.name, "sha256": digest}) + "\n")
@@ -121,13 +131,24 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def first_line(error: Exception) -> str:
+    """What an error of a library says first, short enough to stand inside a line of ours."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+
+
 @contextmanager
 def hub_errors(source: str) -> Iterator[None]:
-    """Turn what can go wrong between a hub id and its files into one line each."""
+    """Turn what can go wrong between a base model's name and its files into one line each.
+
+    Only calls of transformers' loaders belong inside: every exception counts as broken files, because what a broken one raises depends on
+    the library that reads it (json, safetensors, tokenizers, torch).
+    """
     from huggingface_hub import errors as hub
 
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
         chain = [error]
         while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
@@ -145,4 +166,6 @@ def hub_errors(source: str) -> Iterator[None]:
                 f"{source} is a hub id, not in the local cache, and the hub cannot be reached; "
                 "go online (unset HF_HUB_OFFLINE) or give a local folder"
             ) from error
-        raise
+        raise UserError(
+            f"base model {source} cannot be loaded ({first_line(error)}); copy or download its files again, or give another base"
+        ) from error

@@ -28,9 +28,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint into host memory; only tensors and plain values are unpickled, so a hostile file cannot run code."""
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         except FileNotFoundError:
             raise UserError(f"no checkpoint at {path}; give --ckpt_path last, a .ckpt file or an adapter folder") from None
         except Exception as error:
             reason = str(error).split("\n")[0][:160]
             raise UserError(f"checkpoint {path} cannot be read ({reason}); use an earlier one of the same folder") from error
+        if not isinstance(checkpoint, dict) or not checkpoint.get("qlora_lightning"):
+            raise UserError(f"checkpoint {path} was not written by qlora-lightning; give a .ckpt of a run folder's checkpoints/")
+        return checkpoint
