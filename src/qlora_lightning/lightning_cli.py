@@ -11,7 +11,7 @@ from typing import Any
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from rich.table import Table
 
 from qlora_lightning.callbacks.adapter_checkpoint import FOLDER, AdapterCheckpoint
@@ -41,6 +41,9 @@ def run(arguments: list[str]) -> None:
     command, *options = resolve_names(arguments)
     try:
         QLoRACLI([command, "--config", str(shared_defaults()), *options])
+    except SIGTERMException:
+        say("Stopped by SIGTERM; go on with the same command and --ckpt_path last")
+        sys.exit(128 + signal.SIGTERM)  # a job that was told to stop did not succeed
     except SystemExit as end:
         if end.code == 1:  # how Lightning ends after Ctrl-C
             raise KeyboardInterrupt from end
@@ -173,12 +176,6 @@ class QLoRACLI(LightningCLI):
                 f"trainer.precision must stay unset, got {self.trainer.precision}; model.compute chooses the dtype of the products"
             )
         self.datamodule.check(self.trainer.accumulate_grad_batches, self.trainer.world_size)
-
-    def after_fit(self) -> None:
-        """A job that was told to stop did not succeed."""
-        if self.trainer.received_sigterm:
-            say("Stopped by SIGTERM; go on with the same command and --ckpt_path last")
-            sys.exit(128 + signal.SIGTERM)
 
     # ---- after ----
 

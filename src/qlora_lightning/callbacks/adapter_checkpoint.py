@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from qlora_lightning.card import adapter_card
 from qlora_lightning.errors import UserError
@@ -76,6 +77,11 @@ class AdapterCheckpoint(Checkpoint):
         for logger in trainer.loggers:
             if isinstance(logger, RunWandbLogger):
                 logger.upload_adapter(run_checkpoints(trainer) / "last", {"step": trainer.global_step})
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Save when the run is told to stop: Lightning heeds SIGTERM between batches, so that the last update is whole."""
+        if isinstance(exception, SIGTERMException) and trainer.global_step != self._saved_step:
+            self._save_step(trainer)
 
     def _save_if_due(self, trainer: Trainer) -> None:
         if self._due:
