@@ -21,7 +21,8 @@ or in plain PEFT, on the untouched base model:
 
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base_model}"), "{folder}")
+{base}
+    model = PeftModel.from_pretrained(base, "{folder}")
 
 Prompts are rendered with the template `{template}`{system}.
 
@@ -44,6 +45,7 @@ def adapter_card(metadata: dict[str, Any], folder: Path) -> str:
     return CARD.format(
         folder=folder,
         base_model=metadata["base_model"],
+        base=_base_lines(metadata["base_model"]),
         base_fingerprint=metadata["base_fingerprint"],
         quant_type=metadata["quantization"]["quant_type"].upper(),
         double=" with double quantisation" if metadata["quantization"]["double_quant"] else "",
@@ -54,4 +56,14 @@ def adapter_card(metadata: dict[str, Any], folder: Path) -> str:
         system=f" and the system prompt {metadata['system_prompt']!r}" if metadata["system_prompt"] else "",
         data="\n".join(f"- {key}: {value}" for key, value in data.items()),
         metrics="\n".join(["| metric | value |", "|---|---|", *metrics]),
+    )
+
+
+def _base_lines(source: str) -> str:
+    """The code that loads a base model in plain transformers; a GGUF file is used as it was converted for training."""
+    if not source.endswith(".gguf"):
+        return f'    base = AutoModelForCausalLM.from_pretrained("{source}")'
+    return (
+        "    from qlora_lightning.modeling.sources import resolve_base\n"
+        f'    base = AutoModelForCausalLM.from_pretrained(resolve_base("{source}"))'
     )

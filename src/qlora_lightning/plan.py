@@ -3,6 +3,7 @@
 from typing import Any
 
 from lightning.pytorch import Trainer
+from rich.markup import escape
 from rich.table import Table
 
 from qlora_lightning.data.datamodule import InstructionDataModule
@@ -47,5 +48,5 @@ def plan_table(plan: dict[str, Any]) -> Table:
     """The plan for the terminal."""
     table = Table(title="Plan of the run", title_justify="left", show_header=False)
     for name, value in plan.items():
-        table.add_row(name, str(value))
+        table.add_row(name, escape(str(value)))
     return table

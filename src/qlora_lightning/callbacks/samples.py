@@ -3,6 +3,7 @@
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.markup import escape
 from rich.table import Table
 
 from qlora_lightning.console import console, say
@@ -60,7 +61,7 @@ class Samples(Callback):
         answers = self._answers(trainer, pl_module)
         for number, (conversation, after) in enumerate(zip(conversations, answers, strict=True)):
             before = self._before[number] if number < len(self._before) else "(not asked)"
-            table.add_row(*(plain(text) for text in (asked(conversation), before, after, conversation[-1].content)))
+            table.add_row(*(escape(text) for text in (asked(conversation), before, after, conversation[-1].content)))
         console.print(table)
 
     def _answers(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
@@ -74,8 +75,3 @@ def asked(conversation: Conversation) -> str:
     """What the last answer answers, with its separate input."""
     question = conversation[-2]
     return f"{question.content}\n\n{question.context}" if question.context else question.content
-
-
-def plain(text: str) -> str:
-    """Text for a table cell: brackets of its own are no markup."""
-    return text.replace("[", r"\[")
