@@ -32,6 +32,7 @@ def plan_run(trainer: Trainer, module: QLoRAModule, data: InstructionDataModule)
         "device": f"{device}, computing in {str(compute_dtype(module.compute, device)).removeprefix('torch.')}",
         "data": f"{data.spec.name}: {report.kept:,} rows, {report.tokens:,} tokens, {supervised:.0%} supervised",
         "left out": ", ".join(f"{count:,} rows: {reason}" for reason, count in report.skipped.items()) or "nothing",
+        "cut to length": f"{report.truncated:,} rows" if report.truncated else "nothing",
         "held out": f"{data.val_report.kept:,} rows" if data.val_report else "nothing: no validation rows are named",
         "template": f"{data.spec.template}; lengths {report.length_min} to {report.length_max}, median {report.length_median:g} tokens",
         "batch": f"{data.global_batch_size} rows a step = {accumulate} x {data.global_batch_size // (accumulate * ranks)}"
