@@ -279,6 +279,24 @@ def test_gpu_that_is_not_there(complaint: Callable[..., str]) -> None:
     assert "gpu" in complaint("--trainer.accelerator", "gpu").lower()
 
 
+def test_gradient_that_is_no_number_ends_the_run_before_it_is_saved(complaint: Callable[..., str], tmp_path: Path) -> None:
+    options = ("--model.optimizer.learning_rate", "1e30", "--trainer.gradient_clip_val", "0", "--checkpoint.every_n_steps", "1")
+    line = complaint(*options)
+    assert line.startswith("the gradient of step 2 is nan; lower model.optimizer.learning_rate")
+    saved = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == 1
+
+
+def test_adapter_of_another_template_is_said(
+    fit: Callable[..., Path], tiny_base: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = fit("trainer.max_steps=1") / "checkpoints" / "last"
+    options = base_options(tiny_base, rows_file, tmp_path / "other")
+    options[options.index("--data.dataset.template") + 1] = "plain"
+    assert main(["validate", *options, "--data.dataset.validation_path", str(rows_file), "--ckpt_path", str(adapter)]) == 0
+    assert "was trained with template chatml, this run uses plain" in capsys.readouterr().err
+
+
 def test_target_modules_that_match_nothing(complaint: Callable[..., str]) -> None:
     assert complaint("--model.lora.target_modules", '["nothing"]').startswith("model.lora.target_modules ['nothing'] match no layer")
 

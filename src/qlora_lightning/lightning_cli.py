@@ -26,7 +26,7 @@ from qlora_lightning.console import console, say
 from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.errors import UserError
 from qlora_lightning.loggers import RunCSVLogger, RunWandbLogger
-from qlora_lightning.modeling.adapters import ADAPTER_FILE
+from qlora_lightning.modeling.adapters import ADAPTER_FILE, adapter_metadata
 from qlora_lightning.module import QLoRAModule
 from qlora_lightning.parser import OneLineParser
 from qlora_lightning.recipes import find_datamodule, find_recipe, shared_defaults
@@ -163,6 +163,10 @@ class QLoRACLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """Check what needs no model: strategy, precision and batch arithmetic."""
         self.model.initial_adapter = self.initial_adapter
+        if self.initial_adapter is not None:
+            trained = adapter_metadata(self.initial_adapter).get("template", self.datamodule.spec.template)
+            if trained != self.datamodule.spec.template:
+                say(f"warning: {self.initial_adapter} was trained with template {trained}, this run uses {self.datamodule.spec.template}")
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, RunFolder):
                 # a run that was killed before its first checkpoint left metrics only: there is nothing to go on with

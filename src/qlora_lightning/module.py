@@ -52,6 +52,8 @@ class QLoRAModule(LightningModule):
     """
 
     model: PeftModel
+    grad_norm: Tensor
+    """Norm of the last step's gradient, before clipping."""
 
     def __init__(
         self,
@@ -152,9 +154,9 @@ class QLoRAModule(LightningModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Log the step's loss, the norm of its gradient before clipping, and the learning rate that it uses."""
         gradients = [parameter.grad for parameter in optimized(optimizer) if parameter.grad is not None]
-        self._grad_norm = torch.nn.utils.get_total_norm(gradients)
+        self.grad_norm = torch.nn.utils.get_total_norm(gradients)
         self.log("train/loss", self._step_loss)
-        self.log("train/grad_norm", self._grad_norm)
+        self.log("train/grad_norm", self.grad_norm)
         self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
         self._step_loss = 0.0
 
@@ -164,7 +166,7 @@ class QLoRAModule(LightningModule):
         """Clip by the norm that is known already; any other algorithm is Lightning's."""
         if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
             parameters = [parameter for parameter in optimized(optimizer) if parameter.grad is not None]
-            torch.nn.utils.clip_grads_with_norm_(parameters, float(gradient_clip_val), self._grad_norm)
+            torch.nn.utils.clip_grads_with_norm_(parameters, float(gradient_clip_val), self.grad_norm)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
