@@ -5,7 +5,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from qlora_lightning.data.formats import Message
-from qlora_lightning.data.templates import TEMPLATES, check_template, end_tokens, prompt_text, render
+from qlora_lightning.data.templates import TEMPLATES, check_template, end_tokens, render, render_prompt
 from qlora_lightning.errors import UserError
 
 TURNS = [Message("user", "q1", "c1"), Message("assistant", "a1"), Message("user", "q2"), Message("assistant", "a2")]
@@ -60,9 +60,9 @@ def test_a_system_message_opens_the_text(name: str, opening: str) -> None:
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_prompt_is_the_trained_text_up_to_the_answer(name: str, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     whole = render(TURNS, TEMPLATES[name], "<s>", "</s>")
-    prompt = prompt_text(TURNS, TEMPLATES[name], tiny_tokenizer)
+    prompt = render_prompt(TURNS, TEMPLATES[name], tiny_tokenizer).text
     assert prompt == whole.text[: whole.supervised[-1][0]]
-    assert prompt == prompt_text(TURNS[:-1], TEMPLATES[name], tiny_tokenizer)
+    assert prompt == render_prompt(TURNS[:-1], TEMPLATES[name], tiny_tokenizer).text
     assert not prompt.endswith(" ")
 
 

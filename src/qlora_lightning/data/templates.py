@@ -173,13 +173,8 @@ def _answer(writer: _Writer, message: Message, template: Template, end: str) -> 
     writer.literal(template.after)
 
 
-def prompt_text(conversation: Conversation, template: Template, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text that asks for the conversation's last answer. BOS is in it: tokenize it with ``add_special_tokens=False``."""
-    return render_prompt(conversation, template, tokenizer).text
-
-
 def render_prompt(conversation: Conversation, template: Template, tokenizer: PreTrainedTokenizerBase) -> Rendering:
-    """The rendering behind ``prompt_text``: everything before the last answer, then the mark that opens it."""
+    """What asks for the conversation's last answer: everything before it, then the mark that opens it. BOS is in it."""
     asked = conversation[:-1] if conversation and conversation[-1].role == "assistant" else conversation
     return render(asked, template, tokenizer.bos_token, tokenizer.eos_token, add_generation_prompt=True)
 
