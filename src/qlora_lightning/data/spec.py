@@ -10,7 +10,19 @@ from jsonargparse.typing import register_type
 from qlora_lightning.data.templates import find_template
 from qlora_lightning.errors import UserError
 
-Format = Literal["auto", "instruction", "prompt_response", "messages", "oasst1_tree", "guanaco_text"]
+Format = Literal[
+    "auto",
+    "instruction",
+    "prompt_response",
+    "messages",
+    "guanaco_text",
+    "oasst1_tree",
+    "oasst1_messages",
+    "hh_rlhf",
+    "self_instruct",
+    "unnatural",
+    "chip2",
+]
 
 
 class DataPath(str):
@@ -40,25 +52,35 @@ class DatasetSpec:
     name: str = ""
     """What reports and logs call this set; the file's own name where it is empty."""
     path: DataPath | None = None
-    """A local .json, .jsonl, .csv or .parquet file (the first three also as .gz). Takes the place of the hub's file where both are given.
-    Relative to the YAML that names it; on the command line relative to the working folder."""
+    """A local file of rows: .json, .jsonl, .csv, .tsv (each also as .gz), .parquet, .arrow, a .zip of them, or a folder of them. Takes the
+    place of the hub's file where both are given. Relative to the YAML that names it; on the command line to the working folder."""
     hub_id: str | None = None
     """A Hugging Face data set, as in OpenAssistant/oasst1. Needs ``hub_file`` and ``revision``."""
-    hub_file: str | None = None
-    """The file with the training rows inside the hub data set."""
+    hub_file: str | list[str] | None = None
+    """The file with the training rows inside the hub data set, or several that are read one after the other."""
     revision: str | None = None
     """The commit hash of the hub data set, so that the same recipe always reads the same rows."""
     validation_path: DataPath | None = None
-    """A local file of validation rows, of the same shape. Comes before ``validation_hub_file`` and ``validation_size``."""
-    validation_hub_file: str | None = None
-    """The file with the validation rows inside the hub data set. Comes before ``validation_size``."""
+    """A local file or folder of validation rows, of the same shape. Comes before ``validation_hub_file`` and ``validation_size``."""
+    validation_hub_file: str | list[str] | None = None
+    """The file or files with the validation rows inside the hub data set. Comes before ``validation_size``."""
     validation_size: int | float = 0
     """How many rows (or, below 1, which fraction of them) are taken out of the training rows, drawn by the seed, where no validation
     file is given. 0: no validation."""
+    rows_per_file: int | None = None
+    """Use only the first so many rows of each file. Null: all."""
     format: Format = "auto"
     """The shape of a row. ``auto`` looks at the first row's fields. instruction: instruction, input, output. prompt_response: prompt and
-    response (or completion). messages: a list of role and content (or from and value). oasst1_tree: one message tree a row.
-    guanaco_text: one text with ``### Human:`` and ``### Assistant:``."""
+    response (or completion), input and output, inputs and targets. messages: a list of role and content (or from and value).
+    guanaco_text: one text with ``### Human:`` and ``### Assistant:``. oasst1_tree: one message tree a row. oasst1_messages: one message of
+    a tree a row. hh_rlhf: chosen (and rejected) transcripts. self_instruct: prompt and completion that ends in a literal
+    ``<|endoftext|>``. unnatural: an instruction with its instances. chip2: one text with ``<human>:`` and ``<bot>:``."""
+    bad_rows: Literal["error", "skip"] = "error"
+    """A row that is wrong (a missing field, an unknown role, two turns of one side in a row, ...): error ends the command with a line
+    that names the row, skip leaves it out and counts it."""
+    compat: Literal["fixed", "paper"] = "fixed"
+    """paper: what the QLoRA authors' code made of the rows, flaws included (docs/data_sets.md lists them), with ``template`` only naming
+    how to prompt the result. fixed: one rendering, exact masks, every answer with its end token."""
     template: str = "chatml"
     """How a conversation is written out: chatml, alpaca, guanaco or plain. chatml needs a base whose tokenizer has its two tokens."""
     system_prompt: str | None = None
@@ -75,19 +97,21 @@ class DatasetSpec:
     target_max_length: int | None = None
     """The most tokens from the first answer on. Cut at the right; an answer that is cut still ends with its end token."""
     languages: list[str] | None = None
-    """oasst1_tree only: keep messages in these languages (as the rows spell them: en, es, ...). Null: all."""
+    """OASST1 only: keep messages in these languages (as the rows spell them: en, es, ...). Null: all."""
     oasst1_paths: Literal["best", "all"] = "best"
-    """oasst1_tree only. best: the best-ranked reply at every level, one conversation a tree, as in the paper. all: every path."""
+    """OASST1 only. best: the best-ranked reply at every level, one conversation a tree, as in the paper. all: every path."""
+    reformulations: bool = True
+    """unnatural only: use the reworded instructions (of the set's full edition) too."""
 
     def __post_init__(self) -> None:
         """Checks each value once; everything behind trusts them."""
         self.name = self.name or (Path(self.path).stem if self.path else self.hub_id or "")
         self._check_source()
         find_template(self.template, "data.dataset.template")
-        for name in ("max_length", "source_max_length", "target_max_length"):
+        for name in ("max_length", "source_max_length", "target_max_length", "rows_per_file"):
             value = getattr(self, name)
             if value is not None and value <= 0:
-                raise UserError(f"data.dataset.{name} must be a positive number of tokens, got {value}; use null for no limit")
+                raise UserError(f"data.dataset.{name} must be a positive number, got {value}; use null for no limit")
         size = self.validation_size
         if size < 0 or (size >= 1 and size != int(size)):
             raise UserError(
