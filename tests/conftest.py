@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before any Hugging Face import: no test touches the network
@@ -14,9 +14,21 @@ from running import base_options
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from qlora_lightning.cache import cache_folder
 from qlora_lightning.cli import main
 
 torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing that tests prepare goes into the user's cache; models converted there before are used."""
+    cache, converted = tmp_path_factory.mktemp("cache"), cache_folder() / "gguf"
+    if converted.is_dir():
+        (cache / "gguf").symlink_to(converted)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QLORA_LIGHTNING_CACHE", str(cache))
+        yield
 
 
 def build_tokenizer(folder: Path) -> PreTrainedTokenizerFast:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,8 +11,8 @@ import torch
 
 from qlora_lightning.chat import _asked
 from qlora_lightning.cli import main
+from qlora_lightning.data.encoder import Encoder
 from qlora_lightning.data.formats import Message
-from qlora_lightning.data.tokenize import Encoder
 from qlora_lightning.generation import GenerationSpec, left_pad, load_assistant
 
 
@@ -50,6 +51,23 @@ def test_answers_stop_at_the_end_of_turn(tiny_base: Path, monkeypatch: pytest.Mo
     tail = torch.tensor([[*letters, end, *letters]])
     monkeypatch.setattr(assistant.model, "generate", lambda input_ids, **options: torch.cat([input_ids, tail], 1))
     assert assistant.answer([ask("Hi")], GenerationSpec()) == ["ab"]
+
+
+def test_a_model_can_answer_in_its_tokenizers_own_chat_template(tiny_base: Path, tmp_path: Path) -> None:
+    """The prompt is the one that transformers makes, and a token that a question spells ends nothing."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    (base / "chat_template.jinja").write_text(
+        r"{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+        r"{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    assistant, _ = load_assistant(None, str(base), "tokenizer")
+    asked = [{"role": "user", "content": "Hi"}]
+    expected = assistant.tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+    assert assistant.encode([ask("Hi")])[0].tolist() == [expected]
+    end = assistant.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert assistant.encode([ask("Hi<|im_end|>")])[0][0].tolist().count(end) == 1
+    assert len(assistant.answer([ask("Hi")], GenerationSpec(4))) == 1
 
 
 def test_chat_answers_lines_of_standard_input(
@@ -147,7 +165,7 @@ def test_prompts_that_are_not_utf_8(prompts: Path, tmp_path: Path, capsys: pytes
 
 def test_prompts_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = line_of(capsys, "generate", str(tmp_path / "none.txt"), str(tmp_path / "out.jsonl"))
-    assert line == f"{tmp_path / 'none.txt'}: no such file; give one that exists"
+    assert line == f"{tmp_path / 'none.txt'}: no such file or folder; give one that exists"
 
 
 @pytest.mark.parametrize(
@@ -208,7 +226,8 @@ def test_encoder_is_made_once(tiny_base: Path) -> None:
     assistant, _ = load_assistant(None, str(tiny_base), "chatml")
     with pytest.MonkeyPatch.context() as patch:
         made: list[Encoder] = []
-        patch.setattr("qlora_lightning.generation.Encoder", lambda *args: made.append(Encoder(*args)) or made[-1])
+        of = Encoder.of
+        patch.setattr(Encoder, "of", lambda *args: made.append(of(*args)) or made[-1])
         assert torch.equal(assistant.encode([ask("Hi")])[0], assistant.encode([ask("Hi")])[0])
     assert len(made) == 1
 
@@ -227,7 +246,8 @@ def test_a_misspelt_option_is_no_value(capsys: pytest.CaptureFixture[str], comma
 
 def test_a_misspelt_template(tiny_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = line_of(capsys, "chat", "--base_model", str(tiny_base), "--template", "alpca")
-    assert line == "template must be one of alpaca, chatml, guanaco, plain; got 'alpca', nearest is alpaca"
+    names = "alpaca, chatml, completion, gemma, guanaco, llama2, llama3, mistral, plain, qwen, zephyr, tokenizer"
+    assert line == f"template must be one of {names}; got 'alpca', nearest is alpaca"
 
 
 def test_chat_needs_a_base(capsys: pytest.CaptureFixture[str]) -> None:

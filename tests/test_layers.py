@@ -14,6 +14,7 @@ PACKAGE = Path(qlora_lightning.__file__).parent
 LAYERS = {
     "data.datamodule": 1,
     "data": 0,
+    "cache": 0,
     "strategies.policy": 0,
     "strategies": 1,
     "modeling": 1,
@@ -28,8 +29,11 @@ LAYERS = {
     "chat": 3,
     "plan": 3,
     "doctor": 3,
+    "inspection_html": 3,
     "callbacks": 4,
     "parser": 5,
+    "run_folder": 5,
+    "inspection": 5,
     "lightning_cli": 5,
     "cli": 5,
 }

@@ -25,7 +25,7 @@ def test_run_folder_plan_and_summary(fit: Callable[..., Path], capsys: pytest.Ca
     said = " ".join(capsys.readouterr().err.split())
     for text in (
         "Plan of the run",
-        "18 rows",
+        "18 examples",
         "4 rows a step = 2 x 2",
         "5 = 1.00 epochs of 5",
         "linear layers",

@@ -12,7 +12,7 @@ from rich.progress import Progress
 from transformers import TextStreamer
 
 from qlora_lightning.console import console, say
-from qlora_lightning.data.files import place, read_lines, read_rows
+from qlora_lightning.data.files import read_lines, read_rows
 from qlora_lightning.data.formats import Conversation, Message, check_turns, messages
 from qlora_lightning.errors import UserError
 from qlora_lightning.generation import Assistant, GenerationSpec, load_assistant
@@ -161,8 +161,8 @@ def _prompts(path: str) -> Iterator[tuple[dict[str, object], Conversation]]:
         for _, line in read_lines(path):
             yield {"prompt": line}, [Message("user", line)]
         return
-    for number, row in read_rows(path):
-        yield row, _asked(row, place(path, number))
+    for where, row in read_rows(path):
+        yield row, _asked(row, where)
 
 
 def _asked(row: dict[str, object], where: str) -> Conversation:

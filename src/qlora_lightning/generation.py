@@ -11,9 +11,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from qlora_lightning.console import say
+from qlora_lightning.data.encoder import Encoder, encode_prompts
 from qlora_lightning.data.formats import Conversation
-from qlora_lightning.data.templates import Template, check_template, end_tokens, render_prompt
-from qlora_lightning.data.tokenize import Encoder
+from qlora_lightning.data.rendering import Renderer, load_renderer
 from qlora_lightning.errors import UserError
 from qlora_lightning.modeling.adapters import LoRASpec, adapter_config, adapter_metadata, attach_lora, load_adapter, norms_to_fp32
 from qlora_lightning.modeling.fingerprint import base_fingerprint
@@ -46,7 +46,7 @@ class Assistant:
     model: Any
     """A causal language model of transformers or PEFT, in 4 bits or not."""
     tokenizer: PreTrainedTokenizerBase
-    template: Template
+    renderer: Renderer
     dtype: torch.dtype
     """The dtype that matrix products are computed in."""
 
@@ -57,7 +57,7 @@ class Assistant:
     @cached_property
     def _encoder(self) -> Encoder:
         """Made once: it copies the tokenizer's backend, which takes longer than to encode a prompt."""
-        return Encoder(self.tokenizer, self.template)
+        return Encoder.of(self.tokenizer, self.renderer)
 
     def encode(self, conversations: Sequence[Conversation]) -> tuple[torch.Tensor, torch.Tensor]:
         """Left-padded prompts and their mask, both [B, T].
@@ -65,12 +65,8 @@ class Assistant:
         Raises:
             UserError: a message spells a control token that the tokenizer cannot write as text.
         """
-        renderings = [render_prompt(conversation, self.template, self.tokenizer) for conversation in conversations]
-        prompts = []
-        for rendering, tokens in zip(renderings, self._encoder.encode(renderings), strict=True):
-            if tokens is None:
-                raise UserError(f"a prompt spells a control token of the tokenizer, which cannot be kept as text: {rendering.text[:80]!r}")
-            prompts.append(tokens.ids.tolist())
+        renderings = [self.renderer.prompt(conversation) for conversation in conversations]
+        prompts = [ids.tolist() for ids in encode_prompts(self._encoder, renderings)]
         return left_pad(prompts, filler_id(self.tokenizer))
 
     def complete(
@@ -89,7 +85,7 @@ class Assistant:
         sampling: dict[str, Any] = {"do_sample": False, "repetition_penalty": 1.0, "num_beams": 1}
         if spec.temperature > 0:
             sampling |= {"do_sample": True, "temperature": spec.temperature, "top_p": spec.top_p, "top_k": 0}
-        stop = [int(i) for i in self.tokenizer.convert_tokens_to_ids(end_tokens(self.template, self.tokenizer))]  # type: ignore[union-attr]
+        stop = [int(i) for i in self.tokenizer.convert_tokens_to_ids(self.renderer.end_tokens)]  # type: ignore[union-attr]
         config = GenerationConfig(
             max_new_tokens=spec.max_new_tokens, eos_token_id=stop, pad_token_id=filler_id(self.tokenizer), use_cache=True, **sampling
         )
@@ -146,7 +142,7 @@ def load_assistant(adapter: Path | None, base_model: str | None, template: str |
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     dtype = compute_dtype(metadata.get("compute", "auto"), device)
     tokenizer = load_tokenizer(base_model, metadata.get("revision"))
-    style = check_template(template or metadata.get("template", "chatml"), tokenizer)
+    style = load_renderer(template or metadata.get("template", "chatml"), tokenizer)
     say(f"Loading {base_model} in 4 bits onto {device}")
     model: Any = load_base_model(base_model, QuantizationSpec(**metadata.get("quantization", {})), dtype, device, metadata.get("revision"))
     if adapter:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from qlora_lightning.console import console, say
-from qlora_lightning.data.tokenize import IGNORED
+from qlora_lightning.data.dataset import IGNORED
 from qlora_lightning.errors import UserError
 from qlora_lightning.generation import Assistant, GenerationSpec
 from qlora_lightning.modeling.adapters import LoRASpec, attach_lora, check_adapter_shapes, load_adapter, norms_to_fp32
@@ -26,6 +26,7 @@ from qlora_lightning.modeling.checkpointing import apply_gradient_checkpointing
 from qlora_lightning.modeling.fingerprint import base_fingerprint
 from qlora_lightning.modeling.ledger import ledger, ledger_table
 from qlora_lightning.modeling.loading import Compute, QuantizationSpec, compute_dtype, load_base_model
+from qlora_lightning.modeling.packed import check_packing
 from qlora_lightning.modeling.sources import stored_source
 from qlora_lightning.optim import OptimizerSpec, build_optimizer, build_schedule, optimized
 from qlora_lightning.strategies.policy import MemoryPolicy
@@ -116,6 +117,13 @@ class QLoRAModule(LightningModule):
         schedule = build_schedule(optimizer, self.optimizer, data.total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def on_fit_start(self) -> None:
+        """Refuse a model that would mix the sequences of a packed row."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        if data.packing:
+            with self.autocast():
+                check_packing(self.model, self.base_model)
+
     def autocast(self) -> AbstractContextManager[Any]:
         """The context in which the model computes; fp32 adapter weights are used in the compute dtype inside it."""
         return torch.autocast(self.device.type, self._compute_dtype, enabled=self._compute_dtype != torch.float32)
@@ -126,18 +134,20 @@ class QLoRAModule(LightningModule):
         """Sum of cross-entropy over the microbatch's supervised tokens, in fp32.
 
         No attention mask is passed: rows are padded on the right, and a causal model's earlier tokens never see what follows.
+        The examples of a packed row are told apart by positions that begin anew with each (``modeling/packed.py`` tests that).
         The head runs only at positions whose next token is supervised in some row.
 
         Args:
-            batch: ``input_ids``, ``labels`` [B, T]; ``logit_positions`` [P].
+            batch: ``input_ids``, ``labels`` [B, T]; ``logit_positions`` [P]; ``position_ids`` [B, T] where rows are packed.
 
         Returns:
             Scalar; 0 with a graph where nothing is supervised.
         """
         positions = batch["logit_positions"]
         targets_BP = batch["labels"][:, positions + 1]
+        inputs = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
         with self.autocast():
-            logits_BPV = self.model(input_ids=batch["input_ids"], logits_to_keep=positions, use_cache=False).logits
+            logits_BPV = self.model(**inputs, logits_to_keep=positions, use_cache=False).logits
         return F.cross_entropy(logits_BPV.flatten(0, 1).float(), targets_BP.flatten(), ignore_index=IGNORED, reduction="sum")
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
@@ -197,7 +207,7 @@ class QLoRAModule(LightningModule):
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[str]:
         """Greedy answers to a batch of left-padded prompts: ``input_ids``, ``attention_mask`` [B, T]."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        assistant = Assistant(self.model, data.tokenizer, data.template, self._compute_dtype)
+        assistant = Assistant(self.model, data.tokenizer, data.renderer, self._compute_dtype)
         return assistant.complete(batch["input_ids"], batch["attention_mask"], GenerationSpec())
 
     # ---- state ----

@@ -21,28 +21,42 @@ def plan_run(trainer: Trainer, module: QLoRAModule, data: InstructionDataModule)
     steps = data.total_steps
     device = trainer.strategy.root_device
     accumulate, ranks = trainer.accumulate_grad_batches, trainer.world_size
-    report = data.train_report
     optimizer, lora = module.optimizer, module.lora
-    supervised = report.supervised_tokens / report.tokens
     return {
         "run folder": str(trainer.default_root_dir),
         "base model": module.base_model,
         "stored as": f"{module.quantization.quant_type.upper()}{' + double quantisation' if module.quantization.double_quant else ''}",
         "adapter": f"LoRA r {lora.r}, alpha {lora.alpha}, dropout {lora.dropout:g} on {', '.join(lora.target_modules)}",
         "device": f"{device}, computing in {str(compute_dtype(module.compute, device)).removeprefix('torch.')}",
-        "data": f"{data.spec.name}: {report.kept:,} rows, {report.tokens:,} tokens, {supervised:.0%} supervised",
-        "left out": ", ".join(f"{count:,} rows: {reason}" for reason, count in report.skipped.items()) or "nothing",
-        "cut to length": f"{report.truncated:,} rows" if report.truncated else "nothing",
-        "held out": f"{data.val_report.kept:,} rows" if data.val_report else "nothing: no validation rows are named",
-        "template": f"{data.spec.template}; lengths {report.length_min} to {report.length_max}, median {report.length_median:g} tokens",
+        **_data_lines(data),
+        "held out": f"{data.val_report.kept:,} examples" if data.val_report else "nothing: no validation rows are named",
+        "template": data.spec.template,
         "batch": f"{data.global_batch_size} rows a step = {accumulate} x {data.global_batch_size // (accumulate * ranks)}"
         + (f" x {ranks} devices" if ranks > 1 else ""),
-        "steps": f"{steps:,} = {steps / data.steps_per_epoch:.2f} epochs of {data.steps_per_epoch:,}",
+        "packing": f"on, rows of at most {data.pack_length:,} tokens" if data.pack_length else "off",
+        "steps": f"{steps:,}" if data.streaming else f"{steps:,} = {steps / data.steps_per_epoch:.2f} epochs of {data.steps_per_epoch:,}",
         "learning rate": f"{optimizer.learning_rate:g}, {optimizer.schedule}"
         + (f" after {optimizer.warmup_steps} steps of warm-up" if optimizer.warmup_steps else ""),
         "optimizer": describe_optimizer(module.policy, device),
         "checkpointing": f"gradient checkpointing {module.policy.gradient_checkpointing}",
     }
+
+
+def _data_lines(data: InstructionDataModule) -> dict[str, str]:
+    report, names = data.train_report, " + ".join(f"{one.spec.name}{_times(one.weight)}" for one in data.sets)
+    if report is None:
+        return {"data": f"{names}, streamed"}
+    supervised = report.supervised_tokens / report.tokens
+    return {
+        "data": f"{names}: {report.kept:,} examples, {report.tokens:,} tokens, {supervised:.0%} supervised",
+        "left out": ", ".join(f"{count:,} rows: {reason}" for reason, count in report.skipped.items()) or "nothing",
+        "cut to length": f"{report.truncated:,} examples" if report.truncated else "nothing",
+        "lengths": f"{report.length_min} to {report.length_max}, median {report.length_median:g} tokens",
+    }
+
+
+def _times(weight: float) -> str:
+    return "" if weight == 1 else f" x {weight:g}"
 
 
 def plan_table(plan: dict[str, Any]) -> Table:

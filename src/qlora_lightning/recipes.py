@@ -35,7 +35,25 @@ def find_recipe(name_or_path: str) -> Path:
         UserError: there is neither, or the file is not UTF-8.
     """
     path = Path(name_or_path)
-    return _utf8(path) if path.is_file() else _shipped_recipe(name_or_path)
+    if not path.is_file():
+        return _shipped_recipe(name_or_path)
+    _check_dataset(_utf8(path))
+    return path
+
+
+def _check_dataset(recipe: Path) -> None:
+    """The parser would forget a data set's file where the same YAML sets one of its fields as well."""
+    try:
+        content = _mapping(yaml.safe_load(recipe.read_text(encoding="utf-8")))
+    except yaml.YAMLError:
+        return  # the parser says what is wrong
+    data = _mapping(content.get("data"))
+    fields = [key for key in (*content, *(f"data.{key}" for key in data)) if str(key).startswith("data.dataset.")]
+    if fields and isinstance(data.get("dataset", content.get("data.dataset")), str):
+        raise UserError(
+            f"{recipe}: a YAML names a data set's file or sets its fields, and this one does both ({fields[0]}); "
+            f"give the fields in a second --config or as --{fields[0]} VALUE"
+        )
 
 
 def _utf8(path: Path) -> Path:

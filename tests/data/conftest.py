@@ -6,41 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from making import SENTENCES, SPECIAL, fast_tokenizer, merging_backend
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from qlora_lightning.data.spec import DataPath, DatasetSpec
-
-SPECIAL = ["<s>", "</s>", "<unk>", "<pad>", "<|im_start|>", "<|im_end|>"]
-SENTENCES = [
-    "### Human: What is the name of the river?### Assistant: The river is called Elbe.\n\nYes.\n",
-    "user\nassistant\n\n",
-    ".\n\n" * 9,
-]
-
-
-def fast_tokenizer(backend: Tokenizer) -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        pad_token="<pad>",
-        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
-    )
 
 
 @pytest.fixture(scope="session")
 def merging_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE with merges, whose post-processor adds BOS and trims blanks off the offsets: as Llama 3's does."""
-    backend = Tokenizer(models.BPE(unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    backend.train_from_iterator(SENTENCES * 5, trainers.BpeTrainer(vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet))
-    bos = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    backend.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), bos])
-    return fast_tokenizer(backend)
+    return fast_tokenizer(merging_backend(SPECIAL))
 
 
 @pytest.fixture(scope="session")

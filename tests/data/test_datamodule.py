@@ -6,40 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from recording import Recorder, trainer
 
 from qlora_lightning.data.datamodule import InstructionDataModule
-from qlora_lightning.data.spec import DataPath, DatasetSpec
+from qlora_lightning.data.spec import DataPath, DatasetSpec, MixPart
 from qlora_lightning.errors import UserError
 
 Writer = Callable[..., DataPath]
-
-
-class Recorder(LightningModule):
-    """Learns nothing; remembers the batches, and with which global step each came."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(()))
-        self.seen: list[tuple[int, list[list[int]], int]] = []
-        self.validated: list[int] = []
-        self.prompts: list[list[int]] = []
-
-    def training_step(self, batch: dict[str, Any], _: int) -> torch.Tensor:
-        self.seen.append((self.trainer.global_step, batch["input_ids"].tolist(), batch["tokens_in_step"]))
-        return self.weight * batch["num_supervised"]
-
-    def validation_step(self, batch: dict[str, Any], _: int) -> None:
-        self.validated.append(batch["attention_mask"].sum(1).max().item())
-
-    test_step = validation_step
-
-    def predict_step(self, batch: dict[str, Any], _: int) -> None:
-        self.prompts += batch["input_ids"].tolist()
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
 ROWS = [{"prompt": "q" * (n % 7 + 1), "response": f"answer {n}"} for n in range(45)]
@@ -54,12 +29,6 @@ def make_data(tiny_base: Path, write_rows: Writer) -> Callable[..., InstructionD
         return InstructionDataModule(DatasetSpec(**fields), str(tiny_base), **{"global_batch_size": 4, "seed": 1, **options})
 
     return make
-
-
-def trainer(tmp_path: Path, **options: Any) -> Trainer:
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    base = {"accelerator": "cpu", "default_root_dir": tmp_path, "num_sanity_val_steps": 0, **quiet}
-    return Trainer(**{**base, "max_epochs": 1, **options})
 
 
 DataMaker = Callable[..., InstructionDataModule]
@@ -118,7 +87,7 @@ def test_mistakes_end_in_one_line(make_data: DataMaker, fields: dict[str, Any], 
         data.setup("fit")
 
 
-@pytest.mark.parametrize("name", ["global_batch_size", "eval_batch_size", "pad_to_multiple_of"])
+@pytest.mark.parametrize("name", ["global_batch_size", "eval_batch_size", "pad_to_multiple_of", "pack_length", "num_proc"])
 def test_sizes_must_be_positive(make_data: DataMaker, name: str) -> None:
     with pytest.raises(UserError, match=f"data.{name} must be at least 1, got 0"):
         make_data(**{name: 0})
@@ -261,3 +230,84 @@ def test_a_run_without_validation_rows_trains_but_does_not_validate(make_data: D
 def test_a_batch_that_does_not_divide_stops_the_run_before_it_begins(make_data: DataMaker, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="accumulate_grad_batches must divide the 4 examples"):
         trainer(tmp_path, accumulate_grad_batches=3).fit(Recorder(), make_data())
+
+
+# Several sets
+
+
+@pytest.fixture
+def other_set(write_rows: Writer) -> DatasetSpec:
+    """Ten rows with a template and limits of their own."""
+    rows = [{"instruction": f"other {n}", "output": f"reply {n}"} for n in range(10)]
+    return DatasetSpec(path=write_rows(rows, "other.jsonl"), template="alpaca", max_length=5, validation_size=2)
+
+
+def test_a_mix_is_written_out_in_one_style_and_validates_on_all_sets(make_data: DataMaker, other_set: DatasetSpec) -> None:
+    data = make_data(mix=[MixPart(other_set, 0.5)])
+    data.setup("fit")
+    assert (data.train_set.parts, len(data.train_set)) == ([(40, 1.0), (8, 0.5)], 48)
+    assert (data.train_report.rows, data.train_report.kept) == (48, 48)
+    assert data.val_set is not None
+    assert len(data.val_set) == len(data.heldout_conversations()) == 7
+    text = str(data.tokenizer.decode(data.train_set[47].input_ids.tolist()))
+    assert text.startswith("<s>### Human: other ")
+    assert data.metadata()["data"]["data set"] == "rows + other"
+
+
+def test_an_epoch_goes_through_each_set_as_often_as_its_weight_says(make_data: DataMaker, other_set: DatasetSpec, tmp_path: Path) -> None:
+    model, data = Recorder(), make_data(mix=[MixPart(other_set, 0.5)])
+    run = trainer(tmp_path, max_epochs=2)
+    run.fit(model, data)
+    assert run.global_step == 2 * data.steps_per_epoch == 22
+
+    def others(epoch: int) -> list[str]:
+        rows = [str(data.tokenizer.decode(row)) for step, batch, _ in model.seen if step // 11 == epoch for row in batch]
+        assert len(rows) == 44
+        return sorted(text for text in rows if "other" in text)
+
+    assert len(set(others(0))) == len(others(0)) == len(others(1)) == 4
+    assert others(0) != others(1)  # a fresh half of the eight
+
+
+def test_another_weight_is_other_data_for_a_resumed_run(make_data: DataMaker, other_set: DatasetSpec) -> None:
+    def fingerprint(weight: float) -> str:
+        data = make_data(mix=[MixPart(other_set, weight)])
+        data.setup("fit")
+        return data.train_set.fingerprint()
+
+    assert fingerprint(1.0) == fingerprint(1.0) != fingerprint(2.0)
+
+
+def test_a_weight_must_be_positive(other_set: DatasetSpec) -> None:
+    with pytest.raises(UserError, match=r"data\.mix\.weight must be above 0, got 0"):
+        MixPart(other_set, 0)
+
+
+# Packing
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+def test_packing_changes_the_rows_and_not_the_steps(make_data: DataMaker, tmp_path: Path, accumulate: int) -> None:
+    def steps(packing: bool) -> tuple[list[set[str]], int]:
+        model, data = Recorder(), make_data(packing=packing)
+        trainer(tmp_path, accumulate_grad_batches=accumulate).fit(model, data)
+        seen: dict[int, set[str]] = {}
+        for step, rows, _ in model.seen:
+            texts = "".join(str(data.tokenizer.decode(row)) for row in rows).replace("<pad>", "").split("</s>")
+            seen.setdefault(step, set()).update(text for text in texts if text)
+        return list(seen.values()), sum(len(rows) for _, rows, _ in model.seen)
+
+    (packed, packed_rows), (padded, padded_rows) = steps(True), steps(False)
+    assert packed == padded
+    assert (packed_rows, padded_rows) == (10 * accumulate, 40)
+
+
+def test_a_packed_row_must_hold_the_longest_example(make_data: DataMaker) -> None:
+    with pytest.raises(UserError, match=r"data.pack_length must hold the longest example, got 20 for one of \d+ tokens; raise it"):
+        make_data(packing=True, pack_length=20).setup("fit")
+    data = make_data({"validation_size": 0}, rows=[*ROWS, {"prompt": "q" * 3000, "response": "a"}], packing=True)
+    data.setup("fit")
+    assert data.pack_length == int(data.train_set.lengths.max()) > 3000
+    short = make_data(packing=True)
+    short.setup("fit")
+    assert short.pack_length == 2048

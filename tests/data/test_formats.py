@@ -1,14 +1,15 @@
 """Every row shape becomes the same thing: a list of messages."""
 
-from collections import Counter
+import pickle
+import subprocess
+import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
-from qlora_lightning.data import formats
-from qlora_lightning.data.formats import Conversation, Message, detect_format, read_conversations
-from qlora_lightning.data.spec import DatasetSpec
+from qlora_lightning.data.formats import FORMATS, Conversation, Message, detect_format, row_parser
+from qlora_lightning.data.spec import DatasetSpec, Format
 from qlora_lightning.errors import UserError
 
 SpecMaker = Callable[..., DatasetSpec]
@@ -19,34 +20,13 @@ def short(conversation: Conversation) -> str:
     return " | ".join(f"{m.role[0]}: {m.content}" + (f" [{m.context}]" if m.context else "") for m in conversation)
 
 
-TREE = {
-    "prompt": {
-        "text": "q",
-        "role": "prompter",
-        "lang": "en",
-        "replies": [
-            {"text": "second", "role": "assistant", "lang": "en", "rank": 1, "replies": []},
-            {
-                "text": "best",
-                "role": "assistant",
-                "lang": "en",
-                "rank": 0,
-                "replies": [
-                    {
-                        "text": "q2",
-                        "role": "prompter",
-                        "lang": "de",
-                        "rank": None,
-                        "replies": [{"text": "a2", "role": "assistant", "lang": "en"}],
-                    },
-                    {"text": "q3", "role": "prompter", "lang": "en"},
-                ],
-            },
-            {"text": "unranked", "role": "assistant", "lang": "en"},
-            {"text": "gone", "role": "assistant", "lang": "en", "rank": -1, "deleted": True},
-        ],
-    }
-}
+def parse(row: dict[str, Any], spec: DatasetSpec, where: str = "f:7") -> tuple[list[Conversation], list[str]]:
+    return row_parser(spec, row, where)(row, where)
+
+
+SEED = {"id": "seed_1", "name": "n", "instruction": "do", "is_classification": False}
+CORE = {"instruction_with_input": "do with x", "input": "x", "constraints": "None.", "output": "done"}
+TREE = {"prompt": {"text": "q", "role": "prompter", "replies": [{"text": "a", "role": "assistant"}]}}
 
 ROWS = [
     ("instruction", {"instruction": "do", "output": "done"}, "u: do | a: done"),
@@ -69,7 +49,24 @@ ROWS = [
     ("guanaco_text", {"text": "### Human: q### Assistant: a### Human: q2### Assistant: a2"}, "u: q | a: a | u: q2 | a: a2"),
     ("guanaco_text", {"text": "### Human: q ### Assistant: a\nb"}, "u: q | a: a\nb"),
     ("guanaco_text", {"text": "Be kind.\n### Human:\nq\n### Assistant:\n  a"}, "s: Be kind. | u: q | a:   a"),
-    ("oasst1_tree", TREE, "u: q | a: best | u: q2 | a: a2"),
+    ("oasst1_tree", TREE, "u: q | a: a"),
+    ("prompt_response", {"inputs": "p", "targets": "r", "task_name": "t", "template_type": "zs_opt"}, "u: p | a: r"),
+    ("prompt_response", {"input": "p", "output": "r", "source": "wiki", "subset": "s"}, "u: p | a: r"),
+    ("prompt_response", {"prompt": "p", "completion": "<|endoftext|> is a token"}, "u: p | a: <|endoftext|> is a token"),
+    ("self_instruct", {"prompt": "p\n\n", "completion": " r<|endoftext|>\n"}, "u: p\n\n | a: r"),
+    ("unnatural", {**SEED, "instances": [{"input": "", "output": "done"}]}, "u: do | a: done"),
+    ("unnatural", {**SEED, "instances": [{"input": "with", "output": "done"}]}, "u: do [with] | a: done"),
+    ("unnatural", {"instruction": "do", "instances": [CORE]}, "u: do with x | a: done"),
+    ("hh_rlhf", {"chosen": "\n\nHuman: q\n\nAssistant: a ", "rejected": "\n\nHuman: q\n\nAssistant: b"}, "u: q | a: a"),
+    (
+        "hh_rlhf",
+        {"chosen": "\n\nHuman: q \nHuman: x\n\nAssistant: a\n\nb\n\nHuman: q2\n\nAssistant:  a2"},
+        "u: q \nHuman: x | a: a\n\nb | u: q2 | a: a2",
+    ),
+    ("hh_rlhf", {"chosen": "\n\nHuman: q\n\nAssistant: a\n\nAssistant: b"}, "u: q | a: a\n\nb"),
+    ("hh_rlhf", {"chosen": "\n\nHuman: q\n\nAssistant: \n\nAssistant: b"}, "u: q | a: b"),
+    ("chip2", {"text": "<human>: q\n<bot>: a\nb", "metadata": {"source": "x"}}, "u: q | a: a\nb"),
+    ("chip2", {"text": "<human>: a <bot>: in text\n<bot>: a\n<human>: q2\n<bot>: a2\n"}, "u: a <bot>: in text | a: a | u: q2 | a: a2"),
 ]
 
 
@@ -77,17 +74,28 @@ ROWS = [
 def test_each_shape_is_detected_and_read(make_spec: SpecMaker, shape: str, row: dict[str, Any], expected: str) -> None:
     assert detect_format(row, "f:1") == shape
     for spec in (make_spec(), make_spec(format=shape)):
-        assert [short(c) for c in read_conversations([("f:1", row)], spec, Counter())] == [expected]
+        conversations, reasons = parse(row, spec)
+        assert ([short(c) for c in conversations], reasons) == ([expected], [])
 
 
-def test_all_paths_of_a_tree_end_with_an_assistant_and_none_begins_another() -> None:
-    paths = [short(path) for path in formats.oasst1_tree(TREE, "f:1", paths="all")]
-    assert paths == ["u: q | a: second", "u: q | a: best | u: q2 | a: a2", "u: q | a: unranked"]
+def test_a_message_of_a_tree_is_told_from_a_row_that_only_quotes_its_ids() -> None:
+    assert detect_format({"message_id": "m", "parent_id": None, "role": "prompter", "text": "q"}, "f:1") == "oasst1_messages"
+    assert detect_format({"message_id": "m", "parent_id": "p", "text": "t", "input": "q", "output": "a"}, "f:1") == "prompt_response"
 
 
-def test_other_languages_are_cut_off_a_tree_with_all_their_replies() -> None:
-    assert [short(path) for path in formats.oasst1_tree(TREE, "f:1", languages=["en"])] == ["u: q | a: best"]
-    assert formats.oasst1_tree(TREE, "f:1", languages=["fr"]) == []
+def test_every_format_that_can_be_named_has_a_function() -> None:
+    assert {*get_args(Format)} == {"auto", *FORMATS}
+
+
+def test_every_instance_and_reformulation_is_a_conversation(make_spec: SpecMaker) -> None:
+    reworded = {"instruction": "act", "instruction_with_input": "act with x", "input": "x", "output": "done"}
+    row = {"instruction": "do", "instances": [CORE, {**CORE, "output": ""}, CORE], "reformulations": [reworded]}
+    conversations, reasons = parse(row, make_spec())
+    assert [short(c) for c in conversations] == ["u: do with x | a: done"] * 2 + ["u: act with x | a: done"]
+    assert reasons == ["empty answer"]
+    assert len(parse(row, make_spec(reformulations=False))[0]) == 2
+    assert len(parse({**row, "reformulations": None}, make_spec())[0]) == 2
+    assert parse({**row, "instances": [], "reformulations": None}, make_spec()) == ([], ["no answer"])
 
 
 @pytest.mark.parametrize(
@@ -113,39 +121,71 @@ def test_other_languages_are_cut_off_a_tree_with_all_their_replies() -> None:
         ),
         ("guanaco_text", {"text": "hello"}, "f:7: field 'text' needs the marks '### Human:' and '### Assistant:'"),
         ("guanaco_text", {"text": "### Human: ### Assistant: a"}, "f:7: a '### Human:' turn must not be empty"),
+        ("prompt_response", {"inputs": "p", "targets": 3}, "f:7: field 'targets' must be text, got int"),
+        (
+            "hh_rlhf",
+            {"chosen": "Hello"},
+            r"f:7: field 'chosen' must be turns with the marks '\n\nHuman: ' and '\n\nAssistant: ', found none",
+        ),
+        ("hh_rlhf", {"chosen": "Hi.\n\nHuman: q\n\nAssistant: a"}, "f:7: field 'chosen' must be turns with the marks"),
+        ("hh_rlhf", {"chosen": "Hi.\n\nHuman: q\n\nAssistant: a"}, "found 'Hi.' before the first; correct or remove the row"),
+        ("hh_rlhf", {"chosen": "\n\nHuman: \n\nAssistant: a"}, "f:7: a turn of Human in field 'chosen' must not be empty"),
+        ("hh_rlhf", {"chosen": "\n\nAssistant: a"}, "f:7: user and assistant must speak in turn, but message 1 is by assistant"),
+        ("hh_rlhf", {"chosen": None}, "f:7: field 'chosen' must be text, got null"),
+        ("chip2", {"text": "### Human: q"}, r"must be turns with the marks '<human>: ' and '\n<bot>: ', found none"),
+        ("chip2", {"text": "<human>: q\n<human>: q2\n<bot>: a"}, "but message 2 is by user where assistant is due"),
+        ("self_instruct", {"prompt": "p"}, "f:7: the row needs a field 'completion', found prompt"),
+        ("self_instruct", {"prompt": "", "completion": "c"}, "f:7: field 'prompt' must not be empty"),
+        ("unnatural", {"instruction": "do"}, "f:7: field 'instances' must be a list of objects, found instruction"),
+        ("unnatural", {"instruction": "do", "instances": ["x"]}, "f:7: field 'instances' must be a list of objects"),
+        ("unnatural", {"instruction": "do", "instances": [CORE, {"input": "x"}]}, "f:7: instances 2: the row needs a field 'output'"),
+        ("unnatural", {"instances": [{"input": "x", "output": "y"}]}, "f:7: instances 1: the row needs a field 'instruction'"),
+        ("unnatural", {"instances": [], "reformulations": [{"output": 1}]}, "f:7: reformulations 1: the row needs a field 'instruction'"),
         ("oasst1_tree", {"prompt": "p"}, "f:7: the row needs a message tree 'prompt', found prompt"),
-        ("oasst1_tree", {"prompt": {"role": "prompter"}}, "f:7: field 'content' must be text, got null"),
         ("auto", {"question": "q", "reply": "r"}, "f:7: cannot tell the row's shape from its fields question, reply; understood are"),
         ("auto", {}, "from its fields none"),
     ],
 )
 def test_a_wrong_row_is_named_in_one_line(make_spec: SpecMaker, shape: str, row: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as error:
-        list(read_conversations([("f:7", row)], make_spec(format=shape), Counter()))
+        parse(row, make_spec(format=shape))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_languages_without_trees_are_refused(make_spec: SpecMaker) -> None:
-    with pytest.raises(UserError, match="languages works for oasst1_tree rows only, but these are prompt_response"):
-        list(read_conversations([("f:1", {"prompt": "p", "response": "r"})], make_spec(languages=["en"]), Counter()))
+    with pytest.raises(UserError, match="languages works for oasst1_tree and oasst1_messages rows only, but these are prompt_response"):
+        row_parser(make_spec(languages=["en"]), {"prompt": "p", "response": "r"}, "f:1")
 
 
-def test_rows_without_a_usable_answer_are_counted_not_refused(make_spec: SpecMaker) -> None:
-    skipped: Counter[str] = Counter()
+def test_a_conversation_without_a_usable_answer_is_given_a_reason(make_spec: SpecMaker) -> None:
     answered = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     empty_last = [*answered, {"role": "user", "content": "q"}, {"role": "assistant", "content": " \n"}]
-    rows = [("f", {"messages": turns}) for turns in (answered, empty_last, answered[:1], [])]
-    assert len(list(read_conversations(rows, make_spec(), skipped))) == 1
-    assert skipped == {"empty answer": 1, "no answer": 2}
-    skipped.clear()
-    assert not list(read_conversations([("f", TREE)], make_spec(languages=["fr"]), skipped))
-    assert skipped == {"no usable path in the tree": 1}
+    assert len(parse({"messages": answered}, make_spec())[0]) == 1
+    assert parse({"messages": empty_last}, make_spec()) == ([], ["empty answer"])
+    assert parse({"messages": answered[:1]}, make_spec()) == ([], ["no answer"])
+    assert parse({"messages": []}, make_spec()) == ([], ["no answer"])
+    assert parse({"chosen": "\n\nHuman: q\n\nAssistant: "}, make_spec()) == ([], ["empty answer"])
+    assert parse({"prompt": "p", "completion": "<|endoftext|>"}, make_spec()) == ([], ["empty answer"])
 
 
 def test_a_system_prompt_is_set_only_where_a_row_brings_none(make_spec: SpecMaker) -> None:
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    rows = [("f", {"messages": turns}), ("f", {"messages": [{"role": "system", "content": "own"}, *turns]})]
-    first, second = read_conversations(rows, make_spec(system_prompt="ours"), Counter())
+    own = [{"role": "system", "content": "own"}, *turns]
+    (first,), _ = parse({"messages": turns}, make_spec(system_prompt="ours"))
+    (second,), _ = parse({"messages": own}, make_spec(system_prompt="ours"))
     assert first[0] == Message("system", "ours")
     assert [m.content for m in second if m.role == "system"] == ["own"]
+
+
+@pytest.mark.parametrize("compat", ["fixed", "paper"])
+def test_a_parser_travels_to_other_processes(make_spec: SpecMaker, compat: str) -> None:
+    row = {"instruction": "do", "output": "done"}
+    parser = row_parser(make_spec(compat=compat), row, "f:1")
+    assert pickle.loads(pickle.dumps(parser))(row, "f:1") == parser(row, "f:1")
+
+
+def test_parsing_needs_neither_torch_nor_transformers() -> None:
+    """Worker processes would wait for them, and each would hold them in memory."""
+    code = "import sys, qlora_lightning.data.formats; assert not {'torch', 'transformers'} & {*sys.modules}"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -22,7 +22,11 @@ HUB = {"path": None, "hub_id": "someone/rows", "hub_file": "train.jsonl", "revis
         ({**HUB, "revision": None}, "data.dataset.revision must pin the commit of the hub data set someone/rows, got none"),
         ({**HUB, "hub_file": None}, "data.dataset.hub_file must name the file"),
         ({**HUB, "path": DataPath("/x.jsonl"), "validation_hub_file": "v.jsonl"}, "but validation still reads the hub's v.jsonl"),
-        ({"template": "alpca"}, "must be one of alpaca, chatml, guanaco, plain; got 'alpca', nearest is alpaca"),
+        (
+            {"template": "alpca"},
+            "data.dataset.template must be one of alpaca, chatml, completion, gemma, guanaco, llama2, llama3, mistral, plain, qwen, "
+            "zephyr, tokenizer; got 'alpca', nearest is alpaca",
+        ),
         ({"max_length": 0}, "data.dataset.max_length must be a positive number, got 0"),
         ({"source_max_length": -1}, "data.dataset.source_max_length must be a positive number"),
         ({"target_max_length": -5}, "data.dataset.target_max_length must be a positive number"),

@@ -1,25 +1,98 @@
 """Whole optimizer steps, the same whatever divides them."""
 
 import numpy as np
+import pyarrow
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_lightning.data.steps import Microbatch, StepDataset, StepLoader, StepSampler, own_generator, plan_epoch, split_step
-from qlora_lightning.data.tokenize import TokenizedDataset
-from qlora_lightning.data.truncate import Cut
+from qlora_lightning.data.dataset import SCHEMA, TokenizedDataset
+from qlora_lightning.data.steps import (
+    Microbatch,
+    StepDataset,
+    StepLoader,
+    StepSampler,
+    StepShape,
+    epoch_size,
+    own_generator,
+    plan_epoch,
+    split_step,
+)
 
 LENGTHS = np.random.default_rng(1).integers(5, 500, size=1003)
 
 
 def dataset_of(lengths: np.ndarray) -> TokenizedDataset:
     """Examples whose first two tokens are the prompt."""
-    return TokenizedDataset([Cut(np.full(n, 7, dtype=np.int32), np.arange(n) >= 2) for n in lengths])
+    rows = [
+        {
+            "row": number,
+            "input_ids": [7] * int(length),
+            "supervised": [int(n >= 2) for n in range(length)],
+            "source_tokens": 2,
+            "targets": int(length) - 2,
+            "straddling": 0,
+            "flags": 0,
+        }
+        for number, length in enumerate(lengths)
+    ]
+    return TokenizedDataset.from_batches([pyarrow.RecordBatch.from_pylist(rows, SCHEMA)], "these")
 
 
-def sampler(lengths: np.ndarray = LENGTHS, microbatches: int = 2, **options: int) -> StepSampler:
-    return StepSampler(dataset_of(lengths), 16, microbatches, seed=3, group_by_length=True, **options)
+def sampler(
+    lengths: np.ndarray = LENGTHS, microbatches: int = 2, rank: int = 0, ranks: int = 1, pack_length: int | None = None, **options: int
+) -> StepSampler:
+    shape = StepShape(16, microbatches, rank, ranks, pack_length)
+    return StepSampler(dataset_of(lengths), shape, seed=3, group_by_length=True, **options)
+
+
+def test_existing_plans_stay_what_they_are() -> None:
+    """A run that was begun with an earlier version goes on in the same order."""
+    lengths = np.array([5, 9, 3, 7, 8, 2, 6, 4, 1, 11, 10])
+    assert plan_epoch(lengths, 3, seed=3, epoch=0, group_by_length=True) == [[9, 10, 1], [4, 6, 0], [7, 2, 5], [3, 8]]
+    unsorted = [[9, 0, 8], [1, 2, 5], [7, 4, 10], [6, 3]]
+    assert plan_epoch(lengths, 3, seed=3, epoch=1, group_by_length=False) == unsorted
+    assert plan_epoch(lengths, 3, seed=3, epoch=1, group_by_length=False, parts=[(4, 1.0), (7, 1.0)]) == unsorted
+
+
+@given(
+    parts=st.lists(st.tuples(st.integers(1, 40), st.floats(0, 3.5)), min_size=1, max_size=4).filter(epoch_size),
+    batch=st.integers(1, 20),
+    epoch=st.integers(0, 2),
+)
+def test_a_mix_gives_each_set_its_share(parts: list[tuple[int, float]], batch: int, epoch: int) -> None:
+    """As many examples as number x weight, and none more than once oftener than another of its set."""
+    lengths = np.arange(1, sum(number for number, _ in parts) + 1)
+    plan = plan_epoch(lengths, batch, seed=0, epoch=epoch, group_by_length=True, parts=parts)
+    counts = np.bincount([index for step in plan for index in step], minlength=len(lengths))
+    assert counts.sum() == epoch_size(parts)
+    for (number, weight), times in zip(parts, np.split(counts, np.cumsum([number for number, _ in parts])[:-1]), strict=True):
+        assert times.sum() == round(number * weight)
+        assert times.min() >= int(weight)
+        assert times.max() <= int(weight) + 1
+    assert [len(step) for step in plan[:-1]] == [batch] * (len(plan) - 1)
+    if epoch == 0:
+        assert max(lengths[plan[0]]) == lengths[counts > 0].max()
+
+
+def test_each_epoch_draws_anew_from_a_set_of_fractional_weight() -> None:
+    def drawn(epoch: int, seed: int = 3) -> set[int]:
+        return {index for step in plan_epoch(LENGTHS, 16, seed, epoch, True, [(3, 1.0), (1000, 0.1)]) for index in step}
+
+    assert {0, 1, 2} < drawn(1) == drawn(1)
+    assert len({frozenset(drawn(0)), frozenset(drawn(1)), frozenset(drawn(2)), frozenset(drawn(1, seed=4))}) == 4
+    assert len(set.union(*(drawn(epoch) for epoch in range(100)))) == len(LENGTHS)
+
+
+def test_the_sampler_counts_what_the_mix_gives() -> None:
+    dataset = dataset_of(LENGTHS[:40])
+    dataset.parts = [(30, 2.0), (10, 0.5)]
+    mixed = StepSampler(dataset, StepShape(16, 2), seed=3, group_by_length=True)
+    given_out = [index for part in mixed for index in part.indices]
+    assert len(given_out) == 65
+    assert len(mixed) == len(list(mixed)) == 4 * 2 + 1
+    assert np.bincount(given_out).tolist()[:30] == [2] * 30
 
 
 @given(
@@ -65,17 +138,22 @@ def test_steps_of_like_length_save_padding_and_stay_shuffled() -> None:
 @pytest.mark.parametrize("microbatches", [1, 2, 4])
 @pytest.mark.parametrize("examples", [16, 13, 3, 1])
 def test_a_step_is_divided_without_loss(examples: int, microbatches: int, ranks: int) -> None:
-    step = list(range(100, 100 + examples))
-    parts = [split_step(step, LENGTHS, microbatches, 16, rank, ranks) for rank in range(ranks)]
-    assert sorted(index for rank in parts for part in rank for index in part) == step
+    lengths = LENGTHS[:examples]
+    parts = [list(sampler(lengths, microbatches, rank=rank, ranks=ranks)) for rank in range(ranks)]
+    counted = [part for rank in parts for part in rank if not part.filler]
+    assert sorted(index for part in counted for index in part.indices) == list(range(examples))
     assert len({len(rank) for rank in parts}) == 1
-    assert len(parts[0]) <= microbatches
-    assert max(len(part) for rank in parts for part in rank) <= 16 // (microbatches * ranks)
+    assert len(parts[0]) == len(sampler(lengths, microbatches)) <= microbatches
+    assert max(len(part.rows) for part in counted) <= 16 // (microbatches * ranks)
 
 
 def test_the_longest_examples_of_a_step_come_first() -> None:
     first, *_, last = split_step(list(range(16)), LENGTHS, 4, 16)
-    assert min(LENGTHS[first]) >= max(LENGTHS[last])
+    assert min(LENGTHS[row[0]] for row in first) >= max(LENGTHS[row[0]] for row in last)
+
+
+def test_without_packing_a_row_is_an_example() -> None:
+    assert {len(row) for part in sampler() for row in part.rows} == {1}
 
 
 def test_steps_and_their_token_counts_do_not_depend_on_the_microbatches() -> None:
@@ -130,15 +208,17 @@ def test_a_step_that_the_trainers_limit_cuts_counts_what_it_keeps() -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_loader_hands_over_microbatches_and_leaves_the_global_generator_alone(workers: int) -> None:
-    def collate(fetched: tuple[Microbatch, list[object]]) -> tuple[Microbatch, int]:
-        return fetched[0], len(fetched[1])
+    def collate(fetched: tuple[Microbatch, list[list[object]]]) -> tuple[Microbatch, list[int]]:
+        return fetched[0], [len(row) for row in fetched[1]]
 
-    planned = list(sampler(LENGTHS[:40]))
+    planned = list(sampler(LENGTHS[:40], pack_length=500))
     before = torch.get_rng_state()
     dataset = StepDataset(dataset_of(LENGTHS[:40]))
-    loader = StepLoader(dataset, sampler(LENGTHS[:40]), collate_fn=collate, num_workers=workers, generator=own_generator(0))
-    assert list(loader) == [(part, len(part.indices)) for part in planned]
-    assert [part for part, _ in loader] == list(sampler(LENGTHS[:40], epoch=1))
+    loader = StepLoader(
+        dataset, sampler(LENGTHS[:40], pack_length=500), collate_fn=collate, num_workers=workers, generator=own_generator(0)
+    )
+    assert list(loader) == [(part, [len(row) for row in part.rows]) for part in planned]
+    assert [part for part, _ in loader] == list(sampler(LENGTHS[:40], epoch=1, pack_length=500))
     assert torch.equal(before, torch.get_rng_state())
     assert loader.state_dict() == {}
 

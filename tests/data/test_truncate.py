@@ -1,5 +1,6 @@
-"""Length limits, on tokens written as letters: b = BOS, p = prompt, h = the mark before an answer, A = answer, E = its end token."""
+"""Length limits, on tokens written as letters: b = BOS, p = prompt, h = the words before an answer, A = answer, E = its end token."""
 
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -58,3 +59,32 @@ def test_limits(
     make_spec: Callable[..., DatasetSpec], limits: tuple[int | None, int | None, int | None, str], before: str, after: str | None
 ) -> None:
     assert cut(make_spec(**dict(zip(LIMITS, limits, strict=True))), before) == after
+
+
+@pytest.mark.parametrize(
+    ("limits", "before", "after"),
+    [
+        ((None, None, None, "drop"), "bppphAAE", "bppphAAE"),
+        ((3, None, None, "drop"), "bppphAAE", "bppAAE"),
+        ((1, None, None, "drop"), "bppphAAE", "bAAE"),
+        ((None, 2, None, "drop"), "bppphAAE", "bppphAA"),
+        ((None, 3, None, "drop"), "bppphAAE", "bppphAAE"),
+        ((2, 1, None, "drop"), "bppphAAE", "bpA"),
+        ((1, 2, None, "drop"), "hAAE", "hAA"),
+        ((99, 99, 4, "drop"), "bppphAAE", "bppphAAE"),  # the authors' code has no limit of the whole
+    ],
+)
+def test_limits_of_the_paper_cut_both_sides_at_the_right(
+    make_spec: Callable[..., DatasetSpec], limits: tuple[int | None, int | None, int | None, str], before: str, after: str
+) -> None:
+    """Neither the words before the answer nor its end token is kept."""
+    assert cut(make_spec(compat="paper", **dict(zip(LIMITS, limits, strict=True))), before) == after
+
+
+@pytest.mark.parametrize("truncation", ["left", "right"])
+@pytest.mark.parametrize("limit", range(1, 12))
+def test_no_limit_loses_the_end_of_an_answer_that_stays(make_spec: Callable[..., DatasetSpec], truncation: str, limit: int) -> None:
+    left = cut(make_spec(max_length=limit, truncation=truncation), "bphAEphAAAE")
+    assert left is not None
+    assert len(left) <= limit
+    assert not re.search("A(?![AE])", left)

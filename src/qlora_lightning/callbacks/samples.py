@@ -67,7 +67,7 @@ class Samples(Callback):
     def _answers(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
         assert isinstance(pl_module, QLoRAModule)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        assistant = Assistant(pl_module.model, data.tokenizer, data.template, pl_module.dtype_of_compute)
+        assistant = Assistant(pl_module.model, data.tokenizer, data.renderer, pl_module.dtype_of_compute)
         return assistant.answer(data.heldout_conversations(self.count), self.spec)
 
 

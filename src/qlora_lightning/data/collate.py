@@ -5,15 +5,15 @@ Shapes: B rows, T tokens a row (padded), P positions.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from qlora_lightning.data.dataset import IGNORED, TokenizedExample
 from qlora_lightning.data.steps import Microbatch
-from qlora_lightning.data.tokenize import IGNORED, TokenizedExample
 
 
 class Batch(TypedDict):
@@ -33,6 +33,8 @@ class Batch(TypedDict):
     """Input tokens of this microbatch without padding."""
     num_supervised: int
     """Supervised targets of this microbatch."""
+    position_ids: NotRequired[Tensor]
+    """[B, T] int64, where some row holds several examples: from 0 in each example and in the padding; so a model tells them apart."""
 
 
 class PromptBatch(TypedDict):
@@ -54,11 +56,13 @@ class Collator:
     filler_id: int
     pad_to_multiple_of: int
 
-    def train(self, fetched: tuple[Microbatch, Sequence[TokenizedExample]]) -> Batch:
-        """A microbatch of a planned optimizer step."""
-        microbatch, examples = fetched
-        batch = self.evaluation(examples)
+    def train(self, fetched: tuple[Microbatch, Sequence[Sequence[TokenizedExample]]]) -> Batch:
+        """A microbatch of a planned optimizer step, from the examples of each row."""
+        microbatch, rows = fetched
+        batch = self.evaluation([_joined(row) for row in rows])
         batch["tokens_in_step"] = microbatch.tokens_in_step
+        if any(len(row) > 1 for row in rows):
+            batch["position_ids"] = _position_ids(rows, batch["input_ids"].shape[1])
         return _without_labels(batch) if microbatch.filler else batch
 
     def evaluation(self, examples: Sequence[TokenizedExample]) -> Batch:
@@ -91,6 +95,19 @@ class Collator:
         for number, row in enumerate(rows):
             padded[number, : len(row)] = row
         return torch.from_numpy(padded)
+
+
+def _joined(row: Sequence[TokenizedExample]) -> TokenizedExample:
+    """The examples of a row as one. Nothing predicts an example's first token, which the last one of the example before would."""
+    labels = np.concatenate([example.labels for example in row])
+    labels[np.cumsum([0] + [len(example.labels) for example in row[:-1]])] = IGNORED
+    return TokenizedExample(np.concatenate([example.input_ids for example in row]), labels)
+
+
+def _position_ids(rows: Sequence[Sequence[TokenizedExample]], width: int) -> Tensor:
+    """Positions [B, T] in each example; those of the padding behind it make it a sequence of its own."""
+    lengths = [[len(example.input_ids) for example in row] for row in rows]
+    return torch.stack([torch.cat([torch.arange(n) for n in (*row, width - sum(row))]) for row in lengths])
 
 
 def _without_labels(batch: Batch) -> Batch:

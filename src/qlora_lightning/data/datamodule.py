@@ -1,11 +1,9 @@
-"""The instruction set as Lightning sees it: rows to loaders, and the place in the data that a checkpoint remembers."""
+"""The instruction sets as Lightning sees them: rows to loaders, and the place in the data that a checkpoint remembers."""
 
-from collections import Counter
+import os
 from collections.abc import Callable
 from hashlib import sha256
-from itertools import islice
-from math import ceil
-from pathlib import Path
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -15,16 +13,20 @@ from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedTokenizerFast
 
 from qlora_lightning.data.collate import Collator
-from qlora_lightning.data.files import fetch, place, read_rows
-from qlora_lightning.data.formats import Conversation, Row, read_conversations
-from qlora_lightning.data.spec import DatasetSpec
-from qlora_lightning.data.steps import StepDataset, StepLoader, StepSampler, own_generator
-from qlora_lightning.data.templates import TEMPLATES, Template, render_prompt
-from qlora_lightning.data.tokenize import DataReport, Encoder, TokenizedDataset, prepare
+from qlora_lightning.data.dataset import DataReport, TokenizedDataset
+from qlora_lightning.data.encoder import Encoder, encode_prompts
+from qlora_lightning.data.formats import Conversation
+from qlora_lightning.data.rendering import Renderer, load_renderer
+from qlora_lightning.data.sets import InstructionSet, merged, with_style_of
+from qlora_lightning.data.spec import DatasetSpec, MixPart
+from qlora_lightning.data.steps import StepShape, check_division, own_generator
+from qlora_lightning.data.stream import StreamedSet
+from qlora_lightning.data.templates import TEMPLATES, TOKENIZER
+from qlora_lightning.data.training import PlannedTraining, StreamedTraining, Training
 from qlora_lightning.errors import UserError
 from qlora_lightning.modeling.tokenizer import filler_id, load_tokenizer
 
-_Located = list[tuple[str, Row]]
+_PACKED_ROW = 2048  # tokens: rows long enough to fill well, short enough for attention over a whole row
 
 
 class InstructionDataModule(LightningDataModule):
@@ -37,11 +39,17 @@ class InstructionDataModule(LightningDataModule):
             (--data.dataset.path rows.jsonl).
         base_model: The model whose tokenizer is used, named as for the model.
         base_revision: Commit, tag or branch of a base model on the hub.
+        mix: Further instruction sets in the same run, a list of {dataset: FILE.yaml, weight: 1.0}. All are written out as ``dataset`` is.
         global_batch_size: Examples an optimizer step, over all microbatches and GPUs. trainer.accumulate_grad_batches divides it.
         eval_batch_size: Examples a batch in validation, test and prediction. Changes memory and speed, not results.
+        streaming: Read rows while training instead of preparing them first, for sets larger than the disk. Needs trainer.max_steps; the
+            order is the files', loosened by a shuffle buffer; the first validation_size rows are held out.
+        packing: Lay the examples of a step end to end in rows, each with positions and attention of its own: no padding, same results.
+        pack_length: Tokens of a packed row at most. Null: 2,048, or the longest example where that is longer.
         group_by_length: Make up steps of examples of like length. Saves padding; the order stays shuffled.
         pad_to_multiple_of: Round the length of each batch up to a multiple of this many tokens, which suits tensor cores.
         num_workers: Processes that pad batches ahead of training. 0: the training process itself; usually enough.
+        num_proc: Processes that tokenize rows, once. Null: one a core.
         seed: Of the order of the examples and the choice of validation rows; nothing else influences them.
     """
 
@@ -50,122 +58,141 @@ class InstructionDataModule(LightningDataModule):
         dataset: DatasetSpec,
         base_model: str,
         base_revision: str | None = None,
+        mix: list[MixPart] | None = None,
         global_batch_size: int = 16,
         eval_batch_size: int = 8,
+        streaming: bool = False,
+        packing: bool = False,
+        pack_length: int | None = None,
         group_by_length: bool = True,
         pad_to_multiple_of: int = 8,
         num_workers: int = 0,
+        num_proc: int | None = None,
         seed: int = 42,
     ) -> None:
         super().__init__()
         for name, value, least in (
             ("global_batch_size", global_batch_size, 1),
             ("eval_batch_size", eval_batch_size, 1),
+            ("pack_length", pack_length, 1),
             ("pad_to_multiple_of", pad_to_multiple_of, 1),
             ("num_workers", num_workers, 0),
+            ("num_proc", num_proc, 1),
             ("seed", seed, 0),
         ):
-            if value < least:
+            if value is not None and value < least:
                 raise UserError(f"data.{name} must be at least {least}, got {value}; correct it")
         self.spec = dataset
         self.base_model = base_model
         self.base_revision = base_revision
+        self.mix = mix or []
         self.global_batch_size = global_batch_size
         self.eval_batch_size = eval_batch_size
+        self.streaming = streaming
+        self.packing = packing
         self.group_by_length = group_by_length
         self.pad_to_multiple_of = pad_to_multiple_of
         self.num_workers = num_workers
         self.seed = seed
-        self.template: Template = TEMPLATES[dataset.template]
         self.tokenizer: PreTrainedTokenizerFast
+        self.renderer: Renderer
+        self.sets: list[InstructionSet] = []
         self.train_set: TokenizedDataset
-        self.train_report: DataReport
+        self.train_report: DataReport | None = None
         self.val_set: TokenizedDataset | None = None
         self.val_report: DataReport | None = None
-        self._read = False
-        self._fingerprint = ""
-        self._training_rows: _Located = []
-        self._held_rows: _Located = []
+        self._pack_length = pack_length
+        self._processes = num_proc or len(os.sched_getaffinity(0))
 
     # Reading
 
     def prepare_data(self) -> None:
-        """Downloads what only the hub has; on one process a node."""
-        fetch(self.spec)
+        """Downloads and tokenizes what this machine does not have yet; on one process a node."""
+        assert self.trainer is not None and self.trainer.state.fn is not None
+        self.setup(str(self.trainer.state.fn.value))
 
     def setup(self, stage: str | None = None) -> None:
-        """Reads and tokenizes the rows, once.
+        """Opens the prepared rows, or prepares them first. May be called before there is a trainer, and again.
 
         Raises:
             UserError: files, rows or the template are wrong, or ``stage`` needs validation rows and there are none.
         """
-        if not self._read:
-            self._read = True
-            self.tokenizer = load_tokenizer(self.base_model, self.base_revision)
-            self._training_rows, self._held_rows = self._rows()
-            if self._held_rows:
-                self.val_set, self.val_report = prepare(self._held_rows, self.spec, self.tokenizer)
-        if stage in (None, "fit") and not self._fingerprint:
-            self.train_set, self.train_report = prepare(self._training_rows, self.spec, self.tokenizer)
-            self._fingerprint = self.train_set.fingerprint()
-            self._training_rows = []
+        self._open()
+        held = [(one.validation, 1.0) for one in self.sets if one.has_validation]
+        if held and self.val_set is None:
+            self.val_set, self.val_report = merged(held)
+        if stage in (None, "fit") and not self.streaming and self.train_report is None:
+            self.train_set, self.train_report = merged([(one.training, one.weight) for one in self.sets])
+            self._check_pack_length()
         if self.val_set is None and stage in ("validate", "test", "predict"):
             raise UserError(
                 "validate, test and predict need validation rows, but the data set has none; "
                 "set --data.dataset.validation_size or --data.dataset.validation_path"
             )
 
-    def _rows(self) -> tuple[_Located, _Located]:
-        train_file, validation_file = fetch(self.spec)
-        rows = _located(train_file)
-        if validation_file is not None:
-            return rows, _located(validation_file)
-        size = self.spec.validation_size
-        count = int(size) if size >= 1 else ceil(size * len(rows))
-        if count >= len(rows):
-            raise UserError(f"data.dataset.validation_size must leave rows to train on, got {size} of {len(rows)} rows; make it smaller")
-        # Rows are drawn, not conversations: the paths of one tree share their beginnings and must not end up on both sides.
-        held = set(np.random.default_rng([self.seed, 0, 1]).permutation(len(rows))[:count].tolist())
-        return [row for n, row in enumerate(rows) if n not in held], [row for n, row in enumerate(rows) if n in held]
+    def _open(self) -> None:
+        if self.sets:
+            return
+        self.tokenizer = load_tokenizer(self.base_model, self.base_revision)
+        self.renderer = load_renderer(self.spec.template, self.tokenizer)
+        if self.streaming:
+            self._open_stream()
+            return
+        specs = [(self.spec, 1.0), *((with_style_of(self.spec, part), part.weight) for part in self.mix)]
+        self.sets = [InstructionSet(spec, self.tokenizer, self._processes, self.seed, weight) for spec, weight in specs]
+
+    def _open_stream(self) -> None:
+        if self.mix:
+            raise UserError("data.mix needs rows that are prepared first, but data.streaming is true; leave one of them out")
+        self.sets = [StreamedSet(self.spec, self.tokenizer, self._processes, self.seed)]
+
+    def _check_pack_length(self) -> None:
+        longest = int(self.train_set.lengths.max())
+        if self._pack_length is not None and self._pack_length < longest:
+            raise UserError(
+                f"data.pack_length must hold the longest example, got {self._pack_length} for one of {longest} tokens; "
+                "raise it, or set data.dataset.max_length"
+            )
+
+    @property
+    def pack_length(self) -> int | None:
+        """Tokens of a packed row at most; None without packing."""
+        if not self.packing:
+            return None
+        return self._pack_length or max(_PACKED_ROW, 0 if self.streaming else int(self.train_set.lengths.max()))
 
     def heldout_conversations(self, n: int | None = None) -> list[Conversation]:
         """The first ``n`` usable validation conversations (all for None), in the order of the rows; none where there is no validation."""
-        conversations = (_to_last_answer(one) for one in read_conversations(self._held_rows, self.spec, Counter()))
-        return list(islice(conversations, n))
+        self._open()
+        return list(islice(chain.from_iterable(one.heldout_conversations() for one in self.sets if one.has_validation), n))
 
     # Steps
 
     def check(self, accumulate: int, ranks: int = 1) -> None:
         """Raises UserError unless the global batch divides into ``accumulate`` microbatches on each of ``ranks`` GPUs."""
-        size = self.global_batch_size
-        if accumulate < 1:
-            raise UserError(f"trainer.accumulate_grad_batches must be 1 or more, got {accumulate}; use 1")
-        if size % ranks:
-            near = ceil(size / ranks) * ranks
-            raise UserError(
-                f"data.global_batch_size must be a multiple of the number of GPUs, got {size} for {ranks} GPUs; use {near}, say"
-            )
-        if size % (accumulate * ranks):
-            possible = ", ".join(str(k) for k in range(1, size // ranks + 1) if size // ranks % k == 0)
-            raise UserError(
-                f"trainer.accumulate_grad_batches must divide the {size // ranks} examples that each GPU has of "
-                f"data.global_batch_size {size}, got {accumulate}; use one of {possible}"
-            )
+        check_division(self.global_batch_size, accumulate, ranks)
+
+    @property
+    def _training(self) -> Training:
+        trainer = self.trainer
+        assert trainer is not None
+        accumulate, limit = trainer.accumulate_grad_batches, trainer.limit_train_batches
+        shape = StepShape(self.global_batch_size, accumulate, trainer.global_rank, trainer.world_size, self.pack_length)
+        if self.streaming:
+            (streamed,) = self.sets
+            assert isinstance(streamed, StreamedSet)
+            return StreamedTraining(streamed, shape, self.seed, trainer.max_steps, limit)
+        return PlannedTraining(self.train_set, shape, self.seed, self.group_by_length, limit)
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps of an epoch, the short last one included; as far as the trainer's limit_train_batches lets it go."""
-        steps = ceil(len(self.train_set) / self.global_batch_size)
-        if self.trainer is None:
-            return steps
-        limit = self._limit(len(self._sampler(0, 0, None)))
-        return steps if limit is None else ceil(limit / self.trainer.accumulate_grad_batches)
+        return self._training.steps_per_epoch
 
     @property
     def microbatches_per_epoch(self) -> int:
         """Microbatches of an epoch on this rank; as far as the trainer's limit_train_batches lets it go."""
-        whole = len(self._sampler(0, 0, None))
-        return self._limit(whole) or whole
+        return self._training.microbatches_per_epoch
 
     @property
     def total_steps(self) -> int:
@@ -176,48 +203,13 @@ class InstructionDataModule(LightningDataModule):
             limits.append(self.trainer.max_epochs * self.steps_per_epoch)
         return min(limits, default=0)
 
-    def _limit(self, microbatches: int) -> int | None:
-        """The trainer's own limit on an epoch, in microbatches; a part of a step left over at its end becomes a short step."""
-        assert self.trainer is not None
-        limit = self.trainer.limit_train_batches
-        limit = max(1, int(microbatches * limit)) if isinstance(limit, float) else int(limit or microbatches)
-        return limit if limit < microbatches else None
-
-    def _sampler(self, epoch: int, start: int, limit: int | None) -> StepSampler:
-        assert self.trainer is not None
-        return StepSampler(
-            self.train_set,
-            global_batch_size=self.global_batch_size,
-            microbatches=self.trainer.accumulate_grad_batches,
-            seed=self.seed,
-            group_by_length=self.group_by_length,
-            epoch=epoch,
-            start=start,
-            limit=limit,
-            rank=self.trainer.global_rank,
-            ranks=self.trainer.world_size,
-        )
-
-    def _cursor(self) -> tuple[int, int]:
-        """(epoch, step in it) at which training stands. It counts steps taken: batches fetched run ahead of them."""
-        assert self.trainer is not None
-        return divmod(self.trainer.global_step, self.steps_per_epoch)
-
     # Loaders
 
-    def train_dataloader(self) -> StepLoader:
-        """Microbatches of planned steps, from the step on that the trainer has reached."""
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Microbatches of whole steps, from the step on that the trainer has reached. (Batches fetched run ahead of steps taken.)"""
         assert self.trainer is not None
         self.check(self.trainer.accumulate_grad_batches, self.trainer.world_size)
-        epoch, start = self._cursor()
-        sampler = self._sampler(epoch, start, self._limit(len(self._sampler(0, 0, None))))
-        return StepLoader(
-            StepDataset(self.train_set),
-            sampler,
-            collate_fn=self._collator.train,
-            num_workers=self.num_workers,
-            generator=own_generator(self.seed),
-        )
+        return self._training.loader(self.trainer.global_step, self._collator, self.num_workers)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Validation batches, longest examples first; no loader where there are no validation rows."""
@@ -233,8 +225,8 @@ class InstructionDataModule(LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """The validation prompts, left-padded, in the order of ``heldout_conversations``."""
-        renderings = [render_prompt(conversation, self.template, self.tokenizer) for conversation in self.heldout_conversations()]
-        prompts = [tokens.ids for tokens in Encoder(self.tokenizer, self.template).encode(renderings) if tokens is not None]
+        renderings = [self.renderer.prompt(conversation) for conversation in self.heldout_conversations()]
+        prompts = encode_prompts(Encoder.of(self.tokenizer, self.renderer), renderings)
         return self._loader(prompts, self._collator.prompts)
 
     @property
@@ -250,7 +242,8 @@ class InstructionDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """What decides the order of the data, and where in it training stands."""
-        epoch, step = self._cursor()
+        assert self.trainer is not None
+        epoch, step = divmod(self.trainer.global_step, self.steps_per_epoch)
         return {**self._identity(), "cursor": {"epoch": epoch, "step": step}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -270,10 +263,23 @@ class InstructionDataModule(LightningDataModule):
 
     def metadata(self) -> dict[str, Any]:
         """What an adapter folder records of its data: how to prompt the model, and what it was trained on; plain values."""
-        rows = {"training rows": self.train_report.kept, "held-out rows": self.val_report.kept if self.val_report else 0}
-        data = {"data set": self.spec.name, **rows, "fingerprint": self._fingerprint}
-        template = {"template": self.spec.template, "template_hash": sha256(repr(self.template).encode()).hexdigest()[:16]}
-        return {**template, "system_prompt": self.spec.system_prompt, "data": data}
+        rows = {
+            "training rows": self.train_report.kept if self.train_report else "streamed",
+            "held-out rows": self.val_report.kept if self.val_report else 0,
+        }
+        name = " + ".join(one.spec.name for one in self.sets)
+        data = {"data set": name, **rows, "fingerprint": self._fingerprint}
+        return {**self._template(), "system_prompt": self.spec.system_prompt, "data": data}
+
+    @property
+    def _fingerprint(self) -> str:
+        (first, *_) = self.sets
+        return first.fingerprint() if isinstance(first, StreamedSet) else self.train_set.fingerprint()
+
+    def _template(self) -> dict[str, str]:
+        name = self.spec.template
+        text = str(self.tokenizer.chat_template) if name == TOKENIZER else repr(TEMPLATES[name])
+        return {"template": name, "template_hash": sha256(text.encode()).hexdigest()[:16]}
 
     def _identity(self) -> dict[str, Any]:
         return {
@@ -281,15 +287,6 @@ class InstructionDataModule(LightningDataModule):
             "global_batch_size": self.global_batch_size,
             "group_by_length": self.group_by_length,
             "steps_per_epoch": self.steps_per_epoch,
-            "examples": len(self.train_set),
+            "examples": None if self.streaming else len(self.train_set),
             "fingerprint": self._fingerprint,
         }
-
-
-def _to_last_answer(conversation: Conversation) -> Conversation:
-    """Without what the user said after the last answer."""
-    return conversation[: max(n for n, message in enumerate(conversation) if message.role == "assistant") + 1]
-
-
-def _located(path: Path) -> _Located:
-    return [(place(path, number), row) for number, row in read_rows(path)]

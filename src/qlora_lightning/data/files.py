@@ -1,57 +1,68 @@
-"""Rows from files: JSON, JSON Lines, CSV and Parquet, local or from the hub. Errors name the file and the line."""
+"""Rows from files: JSON, JSON Lines, CSV, TSV, Parquet and Arrow, single, in folders and zip archives, local or on the hub.
+
+Rows are read one after the other, in little memory. Errors name the file and the line.
+"""
 
 import csv
 import gzip
 import io
 import json
-from collections.abc import Callable, Iterator
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+from zipfile import BadZipFile, ZipFile
 
 import pyarrow
+import pyarrow.ipc
 import pyarrow.parquet
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RemoteEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import HTTPError
 
-from qlora_lightning.data.spec import DatasetSpec
+from qlora_lightning.data.hub import HUB, open_url, refusal
+from qlora_lightning.data.rows import Located, Row
 from qlora_lightning.errors import UserError
 
-Row = dict[str, Any]
-_MAX_CSV_FIELD = 2**31 - 1  # characters; Python's own limit of 131072 is shorter than some answers
+_MAX_ROW = 4_000_000  # characters; far beyond any model's context, so that only a broken file has more
+_ROWS_AT_ONCE = 1000  # of Parquet and Arrow
+_BESIDE = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # what the `datasets` library writes beside rows
+_KINDS = ".json, .jsonl, .csv, .tsv (each also .gz), .parquet, .arrow, a .zip of such files or a folder of them"
 
 
-def read_rows(path: str | Path) -> Iterator[tuple[int, Row]]:
-    """The rows of a .json, .jsonl, .csv or .parquet file; the first three also gzipped, with .gz after their ending.
+@dataclass(frozen=True)
+class _Source:
+    """One file of rows, wherever it lies: errors call it ``name``, ``open`` gives its bytes."""
+
+    name: str
+    open: Callable[[], IO[bytes]]
+
+
+def read_rows(path: str | Path, most: int | None = None) -> Iterator[Located]:
+    """The rows of a file, of every data file in a .zip or folder (also in folders inside it, sorted by path), or of an hf:// address.
+
+    Data files end in .json, .jsonl, .csv, .tsv (these also gzipped, with .gz after their ending), .parquet or .arrow, a folder's also in
+    .zip. Other files of a folder or archive are passed over, and so are hidden ones and the .json files of the `datasets` library that
+    hold no rows (dataset_info.json, dataset_infos.json, dataset_dict.json, state.json).
+
+    Args:
+        path: ``hf://datasets/OWNER/NAME@REVISION/FILE`` reads from the hub, piece by piece, without keeping the file.
+        most: only the first so many rows of each file.
 
     Yields:
-        The line on which the row stands (.jsonl, .csv) or its number from 1 (.json, .parquet), and its fields.
+        The place of a row, with its line (.jsonl, .csv, .tsv) or its number from 1 (the others), and its fields.
 
     Raises:
-        UserError: the file is missing, unreadable, of another kind, broken (with its line), or has no rows.
+        UserError: a file is missing, unreadable, of another kind, broken (with its line), or has no rows; a row is no object or has more
+            than 4,000,000 characters.
     """
-    path = Path(path)
-    reader = _READERS.get(_ending(path))
-    if reader is None:
-        raise UserError(f"{path}: a data set must be .json, .jsonl, .csv (each also .gz) or .parquet; convert it to one of these")
-    number = 0
-    with _reading(path):
-        for number, row in reader(path):
-            if not isinstance(row, dict):
-                raise UserError(
-                    f"{place(path, number)}: a row must be an object with named fields, got {type(row).__name__}; correct the row"
-                )
-            yield number, row
-    if number == 0:
-        raise UserError(f"{path}: the file has no rows; give one with at least one row")
+    with _reading(str(path)):
+        for source in _sources(str(path)):
+            with _reading(source.name):
+                yield from _rows(source, most)
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
@@ -60,10 +71,10 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
     Raises:
         UserError: the file is missing, unreadable, not UTF-8 (with its line), or has nothing but blank lines.
     """
-    path, empty = Path(path), True
-    with _reading(path), path.open("rb") as file:
+    name, empty = str(path), True
+    with _reading(name), Path(path).open("rb") as file:
         for number, line in enumerate(file, 1):
-            text = _decode(path, line, number).rstrip("\r\n")
+            text = _decode(name, line, number).rstrip("\r\n")
             if text.strip():
                 empty = False
                 yield number, text
@@ -72,135 +83,202 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Turn what can go wrong with a file into one line."""
+def _reading(name: str) -> Iterator[None]:
+    """Turn what can go wrong with a file into one line. (A zip archive's password is a RuntimeError.)"""
     try:
         yield
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file; give one that exists") from error
-    except (OSError, EOFError, pyarrow.ArrowException) as error:
-        raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())[:160]}); check the file and its ending") from error
+    except (OSError, HTTPError, RuntimeError, EOFError, BadZipFile, zlib.error, UnicodeError, pyarrow.ArrowException) as error:
+        if name.startswith(HUB) and isinstance(error, (OSError, HTTPError)) and not isinstance(error, gzip.BadGzipFile):
+            raise refusal(error, name) from error
+        if isinstance(error, FileNotFoundError):
+            raise UserError(f"{name}: no such file or folder; give one that exists") from error
+        raise UserError(f"{name}: cannot be read ({' '.join(str(error).split())[:160]}); check the file and its ending") from error
+
+
+def _sources(path: str) -> Iterator[_Source]:
+    if not path.startswith(HUB) and Path(path).is_dir():
+        for name in _data_files(path, (str(p.relative_to(path)) for p in Path(path).rglob("*") if p.is_file()), (*_READERS, ".zip")):
+            yield from _sources(str(Path(path, name)))
+        return
+    whole = _Source(path, partial(_open, path))
+    if _ending(path) != ".zip":
+        yield whole
+        return
+    with whole.open() as file, ZipFile(file) as archive:
+        for name in _data_files(path, archive.namelist(), tuple(_READERS)):
+            yield _Source(f"{path}/{name}", partial(archive.open, name))
+
+
+def _open(path: str) -> IO[bytes]:
+    return open_url(path) if path.startswith(HUB) else Path(path).open("rb")
+
+
+def _data_files(path: str, names: Iterable[str], endings: tuple[str, ...]) -> list[str]:
+    """Which of the files in a folder or archive hold rows, sorted."""
+    found = sorted(name for name in names if _ending(name) in endings and not _passed_over(PurePosixPath(name)))
+    if not found:
+        raise UserError(f"{path}: no data file is in it; put in at least one that is {_KINDS}")
+    return found
+
+
+def _passed_over(name: PurePosixPath) -> bool:
+    return name.name in _BESIDE or any(part.startswith((".", "__MACOSX")) for part in name.parts)
+
+
+def _rows(source: _Source, most: int | None) -> Iterator[Located]:
+    number = 0
+    with source.open() as file:
+        reader = _READERS.get(_ending(source.name))
+        if reader is None:
+            raise UserError(f"{source.name}: a data set must be {_KINDS}; convert it to one of these")
+        data = gzip.GzipFile(fileobj=file) if source.name.lower().endswith(".gz") else file
+        for number, row in islice(reader(source.name, data), most):
+            where = place(source.name, number)
+            _check(row, where)
+            yield where, row
+    if number == 0:
+        raise UserError(f"{source.name}: the file has no rows; give one with at least one row")
+
+
+def _check(row: Any, where: str) -> None:
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: a row must be an object with named fields, got {type(row).__name__}; correct the row")
+    count = _characters(row)
+    if count > _MAX_ROW:
+        raise UserError(f"{where}: a row may hold {_MAX_ROW:,} characters at most, got {count:,}; split or remove the row")
+
+
+def _characters(value: Any) -> int:
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list):
+        return 0
+    return sum(map(_characters, value))
 
 
 def place(path: str | Path, number: int) -> str:
     """How errors name a row: ``file:line`` for kinds of a line a row, else ``file: row n``."""
-    return f"{path}:{number}" if _ending(Path(path)) in (".jsonl", ".csv") else f"{path}: row {number}"
+    return f"{path}:{number}" if _ending(str(path)) in (".jsonl", ".csv", ".tsv") else f"{path}: row {number}"
 
 
-def _ending(path: Path) -> str:
-    """The ending that tells the kind of file, lower case and without .gz (which Parquet, compressed inside, does not take)."""
-    endings = [ending.lower() for ending in path.suffixes[-2:]]
-    if endings[-1:] == [".gz"]:
-        return endings[0] if endings[0] != ".parquet" else ".parquet.gz"
-    return endings[-1] if endings else ""
+def _ending(path: str) -> str:
+    """The ending that tells the kind of file, lower case and without .gz (which only text takes: the others are compressed inside)."""
+    name, dot, ending = path.rpartition("/")[2].lower().rpartition(".")
+    if ending != "gz":
+        return dot + ending if dot else ""
+    inner = "." + name.rpartition(".")[2]
+    return inner if inner in (".json", ".jsonl", ".csv", ".tsv") else f"{inner}.gz"
 
 
-def _bytes(path: Path) -> io.BufferedIOBase | gzip.GzipFile:
-    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")
-
-
-def _decode(path: Path, data: bytes, line: int = 1) -> str:
+def _decode(name: str, data: bytes, line: int = 1) -> str:
     """UTF-8 text, a byte-order mark dropped; ``line`` is the number of the first line in ``data``."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line += data.count(b"\n", 0, error.start)
-        raise UserError(f"{path}:{line}: text must be UTF-8, found byte 0x{data[error.start]:02x}; save the file as UTF-8") from error
+        raise UserError(f"{name}:{line}: text must be UTF-8, found byte 0x{data[error.start]:02x}; save the file as UTF-8") from error
 
 
-def _parse(path: Path, text: str, line: int = 1) -> Any:
+def _json(name: str, file: IO[bytes]) -> Iterator[tuple[int, Any]]:
+    text = _decode(name, file.read())
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line += error.lineno - 1
-        raise UserError(f"{path}:{line}: broken JSON ({error.msg}, column {error.colno}); correct the line") from error
+        yield from enumerate(_elements(name, text), 1)
+    except (ValueError, RecursionError) as error:
+        raise _broken(name, error, 1) from error
 
 
-def _json(path: Path) -> Iterator[tuple[int, Any]]:
-    with _bytes(path) as file:
-        rows = _parse(path, _decode(path, file.read()))
-    if not isinstance(rows, list):
-        raise UserError(f"{path}: a .json data set must be one list of rows, got {type(rows).__name__}; use .jsonl for one row a line")
-    yield from enumerate(rows, 1)
+_BLANKS = re.compile(r"[ \t\n\r]*")
 
 
-def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    with _bytes(path) as file:
-        for number, line in enumerate(file, 1):
-            if text := _decode(path, line, number).strip():
-                yield number, _parse(path, text, number)
+def _elements(name: str, text: str) -> Iterator[Any]:
+    """The elements of the JSON list that ``text`` is, decoded one at a time."""
+
+    def after(position: int) -> int:
+        blanks = _BLANKS.match(text, position)
+        assert blanks is not None
+        return blanks.end()
+
+    position, decoder = after(0), json.JSONDecoder()
+    if not text.startswith("[", position):
+        kind = type(json.loads(text)).__name__
+        raise UserError(f"{name}: a .json data set must be one list of rows, got {kind}; use .jsonl for one row a line")
+    position = after(position + 1)
+    more = not text.startswith("]", position)
+    while more:
+        element, position = decoder.raw_decode(text, position)
+        yield element
+        position = after(position)
+        more = text.startswith(",", position)
+        if more:
+            position = after(position + 1)
+    if not text.startswith("]", position):
+        raise json.JSONDecodeError("Expecting ',' delimiter", text, position)
+    if after(position + 1) != len(text):
+        raise json.JSONDecodeError("Extra data", text, after(position + 1))
 
 
-def _csv(path: Path) -> Iterator[tuple[int, Row]]:
-    with _bytes(path) as file:
-        text = io.StringIO(_decode(path, file.read()), newline="")
-    csv.field_size_limit(_MAX_CSV_FIELD)
-    rows = csv.DictReader(text, strict=True)
+def _json_lines(name: str, file: IO[bytes]) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(file, 1):
+        if text := _decode(name, line, number).strip():
+            try:
+                row = json.loads(text)
+            except (ValueError, RecursionError) as error:
+                raise _broken(name, error, number) from error
+            yield number, row
+
+
+def _broken(name: str, error: Exception, line: int) -> UserError:
+    if not isinstance(error, json.JSONDecodeError):  # numbers and nesting beyond Python's limits
+        return UserError(f"{name}:{line}: broken JSON ({error}); correct the line")
+    return UserError(f"{name}:{line + error.lineno - 1}: broken JSON ({error.msg}, column {error.colno}); correct the line")
+
+
+def _separated(name: str, file: IO[bytes], delimiter: str) -> Iterator[tuple[int, Row]]:
+    csv.field_size_limit(_MAX_ROW)  # Python's own limit of 131072 is shorter than some answers
+    rows = csv.DictReader(_lines(name, file), delimiter=delimiter, strict=True)
     try:
         for row in rows:
             if None in row or None in row.values():
-                raise UserError(f"{path}:{rows.line_num}: the row must have as many fields as the header; correct its commas or quotes")
+                raise UserError(f"{name}:{rows.line_num}: the row must have as many fields as the header; correct its separators or quotes")
             yield rows.line_num, row
     except csv.Error as error:
         # line_num is where the last good row ended
-        raise UserError(f"{path}:{rows.line_num + 1}: broken CSV ({error}); correct the quotes of this row") from error
+        raise UserError(f"{name}:{rows.line_num + 1}: broken CSV ({error}); correct the quotes of this row or split it") from error
 
 
-def _parquet(path: Path) -> Iterator[tuple[int, Row]]:
-    number = 0
-    with pyarrow.parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=1000):
-            for row in batch.to_pylist():
-                number += 1
-                yield number, row
+def _lines(name: str, file: IO[bytes]) -> Iterator[str]:
+    for number, line in enumerate(file, 1):
+        yield from io.StringIO(_decode(name, line, number), newline="")  # a lone \r ends a line too
 
 
-_READERS: dict[str, Callable[[Path], Iterator[tuple[int, Any]]]] = {
+def _parquet(name: str, file: IO[bytes]) -> Iterator[tuple[int, Row]]:
+    with pyarrow.parquet.ParquetFile(file) as table:
+        yield from _records(table.iter_batches(batch_size=_ROWS_AT_ONCE))
+
+
+def _arrow(name: str, file: IO[bytes]) -> Iterator[tuple[int, Row]]:
+    whole = file.read(6) == b"ARROW1"  # the file form; the `datasets` library writes the stream form
+    file.seek(0)
+    if not whole:
+        with pyarrow.ipc.open_stream(file) as stream:
+            yield from _records(stream)
+        return
+    with pyarrow.ipc.open_file(file) as table:
+        yield from _records(table.get_batch(number) for number in range(table.num_record_batches))
+
+
+def _records(batches: Iterable[pyarrow.RecordBatch]) -> Iterator[tuple[int, Row]]:
+    parts = (batch.slice(start, _ROWS_AT_ONCE) for batch in batches for start in range(0, batch.num_rows, _ROWS_AT_ONCE))
+    yield from enumerate((row for part in parts for row in part.to_pylist()), 1)
+
+
+_READERS: dict[str, Callable[[str, Any], Iterator[tuple[int, Any]]]] = {
     ".json": _json,
     ".jsonl": _json_lines,
-    ".csv": _csv,
+    ".csv": partial(_separated, delimiter=","),
+    ".tsv": partial(_separated, delimiter="\t"),
     ".parquet": _parquet,
+    ".arrow": _arrow,
 }
-
-
-def fetch(spec: DatasetSpec) -> tuple[Path, Path | None]:
-    """The local files of a data set, training and validation; downloads what the hub holds and this machine does not.
-
-    Raises:
-        UserError: a local file does not exist, the hub cannot be reached, or does not give the file.
-    """
-    train = _local(spec.path, "data.dataset.path") if spec.path is not None else _download(spec, spec.hub_file or "")
-    if spec.validation_path is not None:
-        return train, _local(spec.validation_path, "data.dataset.validation_path")
-    return train, _download(spec, spec.validation_hub_file) if spec.validation_hub_file else None
-
-
-def _local(path: str, option: str) -> Path:
-    """Checked here, where it is still known which option named the file."""
-    if not Path(path).exists():
-        raise UserError(f"{path}: no such file; correct {option} (relative paths count from the YAML that names them)")
-    return Path(path)
-
-
-def _download(spec: DatasetSpec, file: str) -> Path:
-    assert spec.hub_id is not None
-    name = f"{file} of the hub data set {spec.hub_id}"
-    try:
-        return Path(hf_hub_download(spec.hub_id, file, repo_type="dataset", revision=spec.revision))
-    except GatedRepoError as error:
-        raise UserError(f"{name} is gated; accept its terms on the hub and log in with `hf auth login`") from error
-    except RevisionNotFoundError as error:
-        raise UserError(f"{name} has no revision {spec.revision}; correct data.dataset.revision") from error
-    except RepositoryNotFoundError as error:
-        raise UserError(f"the hub has no data set {spec.hub_id}, or not for you; correct data.dataset.hub_id or log in") from error
-    except RemoteEntryNotFoundError as error:
-        raise UserError(f"there is no {name} at revision {spec.revision}; correct data.dataset.hub_file") from error
-    except HFValidationError as error:
-        raise UserError(f"data.dataset.hub_id must look like owner/name, got {spec.hub_id!r}; correct it") from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise UserError(
-            f"{name} is not on this machine and the hub cannot be reached (HF_HUB_OFFLINE is set or there is no connection); "
-            "go online or give a local copy with --data.dataset.path"
-        ) from error
-    except OSError as error:
-        raise UserError(f"{name} cannot be fetched ({' '.join(str(error).split())[:160]}); check the connection and the disk") from error

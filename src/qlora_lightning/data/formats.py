@@ -5,31 +5,14 @@ and left out.
 """
 
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Literal, cast
 
+from qlora_lightning.data import oasst1, paper, transcripts
+from qlora_lightning.data.rows import Conversation, Located, Message, Role, Row, fields_of, text_of
+from qlora_lightning.data.spec import DatasetSpec
 from qlora_lightning.errors import UserError
-
-if TYPE_CHECKING:  # the specification names the templates, and these the messages
-    from qlora_lightning.data.spec import DatasetSpec
-
-Role = Literal["system", "user", "assistant"]
-Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Message:
-    """What one side says once. ``context`` is an instruction's separate input; a template without a place for it appends it."""
-
-    role: Role
-    content: str
-    context: str = ""
-
-
-Conversation = list[Message]
 
 _ROLES: dict[str, Role] = {
     "system": "system",
@@ -39,48 +22,64 @@ _ROLES: dict[str, Role] = {
     "assistant": "assistant",
     "gpt": "assistant",
 }
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _NO_INPUT = ("noinput", "noinputneeded", "noinputrequired")  # as Alpaca's rows spell it, in many ways, once signs and blanks are gone
-_PAIRS = (("prompt", "response"), ("prompt", "completion"), ("input", "output"))
-
-
-def text_of(row: Row, name: str, where: str, may_be_empty: bool = False) -> str:
-    """The text in one field of a row.
-
-    Raises:
-        UserError: it is missing, null, not text, empty where it may not be, or no valid Unicode.
-    """
-    if name not in row:
-        raise UserError(f"{where}: the row needs a field {name!r}, found {_fields(row)}; add it, or name the set's data.dataset.format")
-    value = row[name]
-    if not isinstance(value, str):
-        raise UserError(
-            f"{where}: field {name!r} must be text, got {'null' if value is None else type(value).__name__}; correct or remove the row"
-        )
-    if not may_be_empty and not value.strip():
-        raise UserError(f"{where}: field {name!r} must not be empty, got {value!r}; correct or remove the row")
-    if _SURROGATE.search(value):
-        raise UserError(f"{where}: field {name!r} holds half a surrogate pair, which is no Unicode text; correct or remove the row")
-    return value
-
-
-def _fields(row: Row) -> str:
-    return ", ".join(sorted(map(str, row))) or "none"
+_PAIRS = (("prompt", "response"), ("prompt", "completion"), ("input", "output"), ("inputs", "targets"))
+_END_OF_TEXT = "<|endoftext|>"
 
 
 def instruction(row: Row, where: str) -> list[Conversation]:
     """Alpaca: ``instruction``, ``output`` and an optional ``input``, where ``<noinput>``, its variants and "" mean that there is none."""
+    return [[_instruct(row, where), _answer(row, "output", where)]]
+
+
+def _instruct(row: Row, where: str) -> Message:
     context = text_of(row, "input", where, may_be_empty=True) if row.get("input") is not None else ""
     if not context.strip() or re.sub(r"[\W_]+", "", context.lower()) in _NO_INPUT:
         context = ""
-    ask = Message("user", text_of(row, "instruction", where), context)
-    return [[ask, Message("assistant", text_of(row, "output", where, may_be_empty=True))]]
+    return Message("user", text_of(row, "instruction", where), context)
+
+
+def _answer(row: Row, name: str, where: str) -> Message:
+    return Message("assistant", text_of(row, name, where, may_be_empty=True))
 
 
 def prompt_response(row: Row, where: str) -> list[Conversation]:
-    """A pair: ``prompt`` and ``response``, ``prompt`` and ``completion``, or ``input`` and ``output``."""
-    ask, answer = next((pair for pair in _PAIRS if all(name in row for name in pair)), _PAIRS[0])
-    return [[Message("user", text_of(row, ask, where)), Message("assistant", text_of(row, answer, where, may_be_empty=True))]]
+    """A pair: ``prompt`` and ``response`` or ``completion``, ``input`` and ``output``, or ``inputs`` and ``targets`` (FLAN)."""
+    ask, answer = _pair(row) or _PAIRS[0]
+    return [[Message("user", text_of(row, ask, where)), _answer(row, answer, where)]]
+
+
+def _pair(row: Row) -> tuple[str, str] | None:
+    return next((pair for pair in _PAIRS if all(name in row for name in pair)), None)
+
+
+def self_instruct(row: Row, where: str) -> list[Conversation]:
+    """``prompt``, kept as it is, and ``completion``, less the literal ``<|endoftext|>`` at its end and the blanks round it."""
+    answer = text_of(row, "completion", where, may_be_empty=True).rstrip().removesuffix(_END_OF_TEXT).strip()
+    return [[Message("user", text_of(row, "prompt", where)), Message("assistant", answer)]]
+
+
+def unnatural(row: Row, where: str, reformulations: bool = True) -> list[Conversation]:
+    """An ``instruction`` with its ``instances``, and where asked for its ``reformulations``: one conversation each.
+
+    The user says ``instruction_with_input``, or where there is none the instruction with ``input`` as context (Self-Instruct's seeds).
+    """
+    return [[_instance(fields, row, place), _answer(fields, "output", place)] for place, fields in _instances(row, where, reformulations)]
+
+
+def _instances(row: Row, where: str, reformulations: bool) -> Iterator[Located]:
+    for name in ("instances", "reformulations") if reformulations else ("instances",):
+        listed = row.get(name) if name == "instances" else row.get(name) or []
+        if not isinstance(listed, list) or not all(isinstance(one, dict) for one in listed):
+            raise UserError(f"{where}: field {name!r} must be a list of objects, found {fields_of(row)}; correct or remove the row")
+        for number, fields in enumerate(listed, 1):
+            yield f"{where}: {name} {number}", fields
+
+
+def _instance(fields: Row, row: Row, where: str) -> Message:
+    if fields.get("instruction_with_input") is not None:
+        return Message("user", text_of(fields, "instruction_with_input", where))
+    return _instruct({**{name: row[name] for name in ("instruction",) if name in row}, **fields}, where)
 
 
 def messages(row: Row, where: str) -> list[Conversation]:
@@ -88,7 +87,7 @@ def messages(row: Row, where: str) -> list[Conversation]:
     turns = row.get("messages", row.get("conversations"))
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise UserError(
-            f"{where}: the row needs a list 'messages' of role and content, found {_fields(row)}; correct it or name data.dataset.format"
+            f"{where}: the row needs a list 'messages' of role and content, found {fields_of(row)}; correct it or name data.dataset.format"
         )
     return [[_turn(turn, f"{where}: message {number}") for number, turn in enumerate(turns, 1)]]
 
@@ -101,61 +100,32 @@ def _turn(turn: Row, where: str) -> Message:
     return Message(role, text_of(turn, content, where, may_be_empty=role == "assistant"))
 
 
-_GUANACO_MARK = re.compile(r"[ \n]{0,2}### (Human|Assistant):[ \n]?")
-
-
-def guanaco_text(row: Row, where: str) -> list[Conversation]:
-    """One ``text``: ``### Human: ...### Assistant: ...``, any number of turns, single blanks or line ends round the marks."""
-    before, *parts = _GUANACO_MARK.split(text_of(row, "text", where))
-    if not parts:
-        raise UserError(
-            f"{where}: field 'text' needs the marks '### Human:' and '### Assistant:', found neither; correct or remove the row"
-        )
-    conversation = [Message("system", before)] if before.strip() else []
-    for mark, content in zip(parts[::2], parts[1::2], strict=True):
-        if mark == "Human" and not content.strip():
-            raise UserError(f"{where}: a '### Human:' turn must not be empty; correct or remove the row")
-        conversation.append(Message("user" if mark == "Human" else "assistant", content))
-    return [conversation]
-
-
-def oasst1_tree(row: Row, where: str, paths: Literal["best", "all"] = "best", languages: list[str] | None = None) -> list[Conversation]:
+def oasst1_tree(row: Row, where: str, choice: Literal["best", "all"] = "best", languages: list[str] | None = None) -> list[Conversation]:
     """An OASST1 message tree: the best-ranked path, or every path. A path ends with an assistant; deleted messages have no replies."""
+    spoken: dict[oasst1.Role, Role] = {"prompter": "user", "assistant": "assistant"}
+    return [[Message(spoken[role], text) for role, text in path] for path in oasst1.paths(_root(row, where), where, choice, languages)]
+
+
+def _root(row: Row, where: str) -> Row:
     root = row.get("prompt")
     if not isinstance(root, dict):
-        raise UserError(f"{where}: the row needs a message tree 'prompt', found {_fields(row)}; correct it or name data.dataset.format")
-    if not _usable(root, languages):
-        return []
-    return list(_paths(root, [], where, paths, languages))
-
-
-def _usable(node: Row, languages: list[str] | None) -> bool:
-    return not node.get("deleted") and (languages is None or node.get("lang") in languages)
-
-
-def _paths(node: Row, before: Conversation, where: str, paths: str, languages: list[str] | None) -> Iterator[Conversation]:
-    """Every longest path through ``node`` that ends with an assistant; for "best" through the best-ranked reply only."""
-    path = [*before, _turn({"role": node.get("role"), "content": node.get("text")}, where)]
-    replies = [reply for reply in node.get("replies") or [] if _usable(reply, languages)]
-    if paths == "best":
-        # Rank 0 is best. Replies without a rank were never compared: they come last, in the order of the file.
-        replies = sorted(replies, key=lambda reply: (reply.get("rank") is None, reply.get("rank") or 0))[:1]
-    found = False
-    for reply in replies:
-        for longer in _paths(reply, path, where, paths, languages):
-            found = True
-            yield longer
-    if not found and path[-1].role == "assistant":
-        yield path
+        raise UserError(f"{where}: the row needs a message tree 'prompt', found {fields_of(row)}; correct it or name data.dataset.format")
+    return root
 
 
 FORMATS: dict[str, Callable[[Row, str], list[Conversation]]] = {
     "instruction": instruction,
     "prompt_response": prompt_response,
     "messages": messages,
-    "guanaco_text": guanaco_text,
+    "guanaco_text": transcripts.guanaco_text,
     "oasst1_tree": oasst1_tree,
+    "oasst1_messages": oasst1_tree,  # as ``gather`` gives them
+    "hh_rlhf": transcripts.hh_rlhf,
+    "self_instruct": self_instruct,
+    "unnatural": unnatural,
+    "chip2": transcripts.chip2,
 }
+_OASST1 = ("oasst1_tree", "oasst1_messages")
 
 
 def detect_format(row: Row, where: str) -> str:
@@ -164,19 +134,27 @@ def detect_format(row: Row, where: str) -> str:
     Raises:
         UserError: no known shape has these fields.
     """
-    if "instruction" in row and "output" in row:
-        return "instruction"
-    if isinstance(row.get("prompt"), dict):
-        return "oasst1_tree"
-    if any(all(name in row for name in pair) for pair in _PAIRS):
-        return "prompt_response"
-    if "messages" in row or "conversations" in row:
-        return "messages"
-    if isinstance(row.get("text"), str) and _GUANACO_MARK.search(row["text"]):
-        return "guanaco_text"
+    pair, text = _pair(row), row.get("text")
+    completion = row.get("completion")
+    shapes = {
+        "oasst1_tree": isinstance(row.get("prompt"), dict),
+        "unnatural": isinstance(row.get("instances"), list),
+        "instruction": "instruction" in row and "output" in row,
+        "hh_rlhf": isinstance(row.get("chosen"), str),
+        "self_instruct": pair == _PAIRS[1] and isinstance(completion, str) and completion.rstrip().endswith(_END_OF_TEXT),
+        "prompt_response": pair is not None,
+        "messages": "messages" in row or "conversations" in row,
+        "oasst1_messages": all(name in row for name in ("message_id", "role", "text")),
+        "chip2": isinstance(text, str) and transcripts.CHIP2_MARK.match(text) is not None,
+        "guanaco_text": isinstance(text, str) and transcripts.GUANACO_MARK.search(text) is not None,
+    }
+    for shape, fits in shapes.items():
+        if fits:
+            return shape
     raise UserError(
-        f"{where}: cannot tell the row's shape from its fields {_fields(row)}; understood are instruction+output, prompt+response, "
-        "prompt+completion, input+output, messages, conversations, an OASST1 tree, and text with '### Human:'"
+        f"{where}: cannot tell the row's shape from its fields {fields_of(row)}; understood are instruction+output, prompt+response, "
+        "prompt+completion, input+output, inputs+targets, messages, conversations, chosen, instances, an OASST1 tree or message, and text "
+        "with '### Human:' or '<human>:'"
     )
 
 
@@ -193,31 +171,92 @@ def check_turns(conversation: Conversation, where: str) -> None:
             )
 
 
-def read_conversations(rows: Iterable[tuple[str, Row]], spec: "DatasetSpec", skipped: Counter[str]) -> Iterator[Conversation]:
-    """The conversations of all rows, in order; ``rows`` gives (where it stands, fields). Counts in ``skipped`` what is left out and why."""
-    parse: Callable[[Row, str], list[Conversation]] | None = None
-    for where, row in rows:
-        parse = parse or _parser(spec, row, where)
-        conversations = parse(row, where)
+@dataclass(frozen=True)
+class RowParser:
+    """From one row, or unit of ``gather``, to its conversations. It needs no other row, so that any process can do it.
+
+    Attributes:
+        format: the rows' shape, "auto" no more.
+        spec: how to read it.
+    """
+
+    format: str
+    spec: DatasetSpec
+
+    def __call__(self, row: Row, where: str) -> tuple[list[Conversation], list[str]]:
+        """The usable conversations, and a reason for each that is left out (or for the row, where it holds none).
+
+        With ``compat: paper`` a conversation is the authors' source, as the user's message, and target, as the assistant's.
+
+        Raises:
+            UserError: the row is wrong; the line names it.
+        """
+        if oasst1.REFUSED in row:
+            raise UserError(row[oasst1.REFUSED])
+        conversations = self._as_in_paper(row, where) if self.spec.compat == "paper" else self._read(row, where)
         if not conversations:
-            skipped["no usable path in the tree"] += 1
-        for conversation in conversations:
-            check_turns(conversation, where)
-            if not any(message.role == "assistant" for message in conversation):
-                skipped["no answer"] += 1
-            elif any(message.role == "assistant" and not message.content.strip() for message in conversation):
-                skipped["empty answer"] += 1
-            else:
-                yield _with_system(conversation, spec.system_prompt)
+            return [], ["no usable path in the tree" if self.format in _OASST1 else "no answer"]
+        if self.spec.compat == "paper":
+            return conversations, []
+        reasons = [_unusable(conversation, where) for conversation in conversations]
+        usable = [one for one, reason in zip(conversations, reasons, strict=True) if reason is None]
+        return [_with_system(one, self.spec.system_prompt) for one in usable], [reason for reason in reasons if reason is not None]
+
+    def _read(self, row: Row, where: str) -> list[Conversation]:
+        if self.format in _OASST1:
+            return oasst1_tree(row, where, self.spec.oasst1_paths, self.spec.languages)
+        if self.format == "unnatural":
+            return unnatural(row, where, self.spec.reformulations)
+        return FORMATS[self.format](row, where)
+
+    def _as_in_paper(self, row: Row, where: str) -> list[Conversation]:
+        return [[Message("user", source), Message("assistant", target)] for source, target in self._pairs(row, where)]
+
+    def _pairs(self, row: Row, where: str) -> list[paper.Pair]:
+        if self.format in _OASST1:
+            paths = oasst1.paths(_root(row, where), where, self.spec.oasst1_paths, self.spec.languages, whole=True)
+            return [paper.conversation(path) for path in paths]
+        if self.format == "unnatural":
+            return paper.unnatural(_instances(row, where, self.spec.reformulations))
+        if self.format in paper.SHAPES:
+            return paper.SHAPES[self.format](row, where)
+        return paper.pair(row, where, _PAIRS[1] if self.format == "self_instruct" else _pair(row) or _PAIRS[0])
 
 
-def _parser(spec: "DatasetSpec", row: Row, where: str) -> Callable[[Row, str], list[Conversation]]:
-    name = detect_format(row, where) if spec.format == "auto" else cast(str, spec.format)
-    if name == "oasst1_tree":
-        return partial(oasst1_tree, paths=spec.oasst1_paths, languages=spec.languages)
-    if spec.languages is not None:
-        raise UserError(f"data.dataset.languages works for oasst1_tree rows only, but these are {name}; set data.dataset.languages: null")
-    return FORMATS[name]
+def row_parser(spec: DatasetSpec, first: Row, where: str) -> RowParser:
+    """The parser for rows like ``first``, which stands at ``where``.
+
+    Raises:
+        UserError: their shape is not known, or the specification does not suit it.
+    """
+    shape = detect_format(first, where) if spec.format == "auto" else cast(str, spec.format)
+    if spec.languages is not None and shape not in _OASST1:
+        raise UserError(
+            f"data.dataset.languages works for {' and '.join(_OASST1)} rows only, but these are {shape}; set data.dataset.languages: null"
+        )
+    if spec.compat == "paper" and shape == "messages":
+        raise UserError("data.dataset.compat paper needs a shape that the authors' code knew, got messages; set data.dataset.compat: fixed")
+    return RowParser(shape, spec)
+
+
+def gather(rows: Iterable[Located], parser: RowParser) -> Iterator[Located]:
+    """The units that ``parser`` takes: the rows themselves, or for messages of one row each the trees that they make.
+
+    What only other rows show to be wrong (an id that is there twice, a reply without its parent) is found here, and raised when the unit
+    that is given for it is parsed.
+    """
+    if parser.format == "oasst1_messages":
+        return oasst1.trees(rows)
+    return oasst1.distinct(rows) if parser.format == "oasst1_tree" else iter(rows)
+
+
+def _unusable(conversation: Conversation, where: str) -> str | None:
+    """Why a conversation is left out; one that is wrong is an error."""
+    check_turns(conversation, where)
+    answers = [message for message in conversation if message.role == "assistant"]
+    if not answers:
+        return "no answer"
+    return None if all(message.content.strip() for message in answers) else "empty answer"
 
 
 def _with_system(conversation: Conversation, system_prompt: str | None) -> Conversation:

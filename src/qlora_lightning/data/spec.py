@@ -80,9 +80,11 @@ class DatasetSpec:
     that names the row, skip leaves it out and counts it."""
     compat: Literal["fixed", "paper"] = "fixed"
     """paper: what the QLoRA authors' code made of the rows, flaws included (docs/data_sets.md lists them), with ``template`` only naming
-    how to prompt the result. fixed: one rendering, exact masks, every answer with its end token."""
+    how to prompt the result, and of the limits only those of source and target. fixed: one rendering, exact masks, every answer with its
+    end token."""
     template: str = "chatml"
-    """How a conversation is written out: chatml, alpaca, guanaco or plain. chatml needs a base whose tokenizer has its two tokens."""
+    """How a conversation is written out: alpaca, guanaco, plain and completion suit any base; chatml, qwen, llama2, llama3, mistral, gemma
+    and zephyr the models trained with them; tokenizer is the chat template that comes with the base. Never guessed from a name."""
     system_prompt: str | None = None
     """Set before every conversation that brings no system message of its own."""
     train_on_source: bool = False
@@ -142,3 +144,18 @@ class DatasetSpec:
     def reads_hub(self) -> bool:
         """Whether any file of this set comes from the hub."""
         return self.path is None
+
+
+@dataclass
+class MixPart:
+    """One more instruction set in the same run."""
+
+    dataset: DatasetSpec
+    """The set: a YAML file as for ``data.dataset``. How it is written out and cut (template, system prompt, lengths, truncation,
+    train_on_source, compat) is ``data.dataset``'s, so that the run has one style."""
+    weight: float = 1.0
+    """How often an epoch goes through the set: 0.5 is a fresh random half of its examples each epoch, 2 is each of them twice."""
+
+    def __post_init__(self) -> None:
+        if self.weight <= 0:
+            raise UserError(f"data.mix.weight must be above 0, got {self.weight}; leave the set out of data.mix instead")

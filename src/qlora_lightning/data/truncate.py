@@ -1,4 +1,5 @@
 """Length limits on tokenized examples. No cut ever loses an answer's end token: a model trained without it never stops.
+(``compat: paper`` does, as the authors' code did.)
 
 Shapes: n tokens of an example.
 """
@@ -26,10 +27,12 @@ def truncate(example: Cut, header: int, keep_first: bool, spec: DatasetSpec) -> 
 
     Args:
         example: must hold an answer.
-        header: index of the first token of the mark that opens the first answer.
+        header: index of the first token of the words that end the first question and open its answer.
         keep_first: the first token is BOS.
         spec: the limits.
     """
+    if spec.compat == "paper":
+        return _cut_as_paper(example, spec.source_max_length, spec.target_max_length)
     if spec.source_max_length is not None:
         example = _cut_source(example, header, spec.source_max_length, keep_first)
     if spec.target_max_length is not None:
@@ -45,8 +48,15 @@ def _take(example: Cut, *parts: slice) -> Cut:
     return Cut(*(np.concatenate([values[part] for part in parts]) for values in example))
 
 
+def _cut_as_paper(example: Cut, source_limit: int | None, target_limit: int | None) -> Cut:
+    """The first tokens of source and target each, the end token lost where the target is longer (artidoro/qlora, the collator)."""
+    source = int(np.argmax(example.answer))
+    end = len(example.ids) if target_limit is None else source + target_limit
+    return _take(example, slice(source if source_limit is None else min(source, source_limit)), slice(source, end))
+
+
 def _cut_source(example: Cut, header: int, limit: int, keep_first: bool) -> Cut:
-    """Cuts the end of the prompt's text but not the mark behind it, without which the answer would answer nothing."""
+    """Cuts the end of the question's text but not the words behind it, without which the answer would answer nothing."""
     source = int(np.argmax(example.answer))
     if source <= limit:
         return example

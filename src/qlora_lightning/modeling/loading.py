@@ -98,7 +98,8 @@ def _nf4_error(device: torch.device, dtype: torch.dtype) -> float:
     from bitsandbytes import functional
 
     generator = torch.Generator().manual_seed(0)
-    weight, inputs = (torch.randn(64, 64, generator=generator).to(device, dtype) for _ in range(2))
+    # On the CPU whatever the default device is: Lightning makes it the GPU while a model is configured.
+    weight, inputs = (torch.randn(64, 64, generator=generator, device="cpu").to(device, dtype) for _ in range(2))
     packed, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
     expected = inputs.float() @ functional.dequantize_4bit(packed, state).float().t()
     product = bitsandbytes.matmul_4bit(inputs, packed.t(), quant_state=state)

