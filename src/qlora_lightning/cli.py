@@ -17,6 +17,10 @@ TRAINER_COMMANDS = {
     "test": "the same under the name test/",
     "predict": "answers to the held-out prompts, as JSON Lines in the run folder",
 }
+# command -> (module:function that parses the arguments itself, as it takes every option of fit, and gives the exit code), what it does
+PARSING_COMMANDS = {
+    "data": ("qlora_lightning.inspection:data", "see what is trained on, and audit the rows: data inspect --config RECIPE"),
+}
 # command -> (module:function, or sub-commands of the same kind), what it does
 PLAIN_COMMANDS: dict[str, tuple[str | dict[str, str], str]] = {
     "chat": ("qlora_lightning.chat:chat", "talk to a base model with an adapter"),
@@ -33,7 +37,7 @@ PLAIN_COMMANDS: dict[str, tuple[str | dict[str, str], str]] = {
 }
 
 
-SWITCHES = ("--json", "--overwrite")
+SWITCHES = ("--json", "--overwrite", "--strict")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -70,6 +74,10 @@ def _run(arguments: list[str]) -> int:
         _quieten()  # again: Lightning sets its log level when it is imported
         run(arguments)
         return 0
+    if command in PARSING_COMMANDS:
+        parse_and_run = _load(PARSING_COMMANDS[command][0])
+        _quieten()  # again, as above
+        return int(parse_and_run(arguments[1:]))
     if command in PLAIN_COMMANDS:
         return _run_plain(command, arguments[1:])
     raise UserError(f"there is no command {command!r}{_nearest(command)}; see qlora-lightning --help")
@@ -115,7 +123,7 @@ def user_line(error: BaseException) -> str | None:
 
 def overview() -> str:
     """The commands, a line each."""
-    rows = {**TRAINER_COMMANDS, **{name: summary for name, (_, summary) in PLAIN_COMMANDS.items()}}
+    rows = TRAINER_COMMANDS | {name: summary for name, (_, summary) in (*PARSING_COMMANDS.items(), *PLAIN_COMMANDS.items())}
     lines = [f"  {name:10} {summary}" for name, summary in rows.items()]
     return "\n".join(
         [
@@ -143,7 +151,7 @@ def _complete_flags(arguments: list[str]) -> list[str]:
 def _nearest(command: str) -> str:
     import difflib
 
-    near = difflib.get_close_matches(command, [*TRAINER_COMMANDS, *PLAIN_COMMANDS], n=1)
+    near = difflib.get_close_matches(command, [*TRAINER_COMMANDS, *PARSING_COMMANDS, *PLAIN_COMMANDS], n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
