@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 # hidden, intermediate, layers, heads, key/value heads, vocabulary
 SHAPES = {
@@ -18,10 +18,19 @@ SHAPES = {
 }
 
 
-def write_checkpoint(size: str, folder: Path) -> Path:
-    """Write a folder that transformers loads: one bf16 shard a layer, made on the GPU where there is one."""
+def write_checkpoint(size: str, folder: Path, tokenizer: Path | None = None) -> Path:
+    """Write a folder that transformers loads: one bf16 shard a layer, made on the GPU where there is one.
+
+    ``tokenizer`` is a folder whose tokenizer (and size of vocabulary) to take, for real texts; None: one token a byte.
+    """
     hidden, intermediate, layers, heads, kv_heads, vocabulary = SHAPES[size]
     folder.mkdir(parents=True, exist_ok=True)
+    if tokenizer is None:
+        write_tokenizer(vocabulary, folder)
+    else:
+        taken = AutoTokenizer.from_pretrained(tokenizer)
+        taken.save_pretrained(folder)
+        vocabulary = len(taken)
     LlamaConfig(
         hidden_size=hidden,
         intermediate_size=intermediate,
@@ -54,7 +63,6 @@ def write_checkpoint(size: str, folder: Path) -> Path:
         save_file({key: value.clone() for key, value in shard.items()}, folder / name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, name)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    write_tokenizer(vocabulary, folder)
     return folder
 
 
@@ -90,5 +98,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("size", choices=SHAPES)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--tokenizer", type=Path, help="folder of a tokenizer to take instead of one token a byte")
     arguments = parser.parse_args()
-    print(write_checkpoint(arguments.size, arguments.folder))
+    print(write_checkpoint(arguments.size, arguments.folder, arguments.tokenizer))
