@@ -466,6 +466,7 @@ def test_a_bar_is_shown_on_a_terminal_only(
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(workers.console, "is_interactive", True)
+    monkeypatch.setattr(workers, "is_live", lambda: True)
     nothing = pyarrow.RecordBatch.from_pylist([], SCHEMA)
 
     def slowly() -> Iterator[Chunk]:
@@ -488,3 +489,13 @@ def test_what_took_long_is_said_with_its_rate(
     line = capfd.readouterr().err.strip()
     assert line.startswith("Prepared mine: 30 rows in ")
     assert line.endswith(f" rows/s), kept in {cache / folder}")
+
+
+def test_progress_is_a_line_now_and_then_elsewhere(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    clock = iter(range(0, 1000, 15))  # seconds
+    monkeypatch.setattr(workers, "perf_counter", lambda: float(next(clock)))
+    chunks = [Chunk(100, pyarrow.RecordBatch.from_pylist([], SCHEMA), [], []) for _ in range(4)]
+    assert list(workers.shown(chunks, 400, "Tokenizing rows")) == chunks
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "Tokenizing rows: 200 of 400 rows, 4 rows/s"
+    assert len(lines) == 2

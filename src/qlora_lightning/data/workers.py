@@ -7,15 +7,17 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from itertools import chain, islice
 from multiprocessing import get_context, parent_process
+from time import perf_counter
 
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from qlora_lightning.console import console
+from qlora_lightning.console import console, is_live, say
 from qlora_lightning.data.tokenize import Chunk, RowTokenizer, Unit
 
 _BATCH = 256  # rows a call of the tokenizer: enough for its threads, little memory
 _ALONE = 40  # batches; fewer are done before a worker process has started
+_SAID_EVERY = 20.0  # seconds between lines of progress where there is no terminal
 _AHEAD = 3  # batches on their way for each process, so that none of them waits
 
 _work: RowTokenizer
@@ -78,10 +80,19 @@ class _Rate(ProgressColumn):
 
 
 def shown(chunks: Iterable[Chunk], total: int | None, description: str) -> Iterator[Chunk]:
-    """``chunks`` with a bar of rows, rows/s and time left on a terminal; ``total`` is the number of rows, where it is known."""
+    """``chunks`` with a bar of rows, rows/s and time left on a terminal, with a line now and then elsewhere.
+
+    ``total`` is the number of rows, where it is known.
+    """
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,} rows"), _Rate(), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    began = said = perf_counter()
+    rows = 0
+    with Progress(*columns, console=console, transient=True, disable=not is_live()) as progress:
         task = progress.add_task(description, total=total)
         for chunk in chunks:
             yield chunk
+            rows += chunk.rows
             progress.advance(task, chunk.rows)
+            if not is_live() and perf_counter() - said > _SAID_EVERY:
+                said = perf_counter()
+                say(f"{description}: {rows:,}{f' of {total:,}' if total else ''} rows, {rows / (said - began):,.0f} rows/s")
