@@ -139,7 +139,24 @@ def test_of_a_stream_the_beginning_is_prepared(inspect: Inspect) -> None:
     rows = [{"instruction": f"{n}", "output": "ok"} for n in range(1010)]
     result = inspect("--json", "--data.streaming", "true", "--data.dataset.validation_size", "3", rows=rows)
     assert "data.streaming is true: inspecting the first 1,003 rows of each file" in result.err
-    assert result.summary["examples"] == 1000
+    assert result.summary["examples"] == 1003  # of which a fit would hold three out
+
+
+def test_all_rows_are_shown_those_held_out_too_unless_one_part_is_asked_for(inspect: Inspect) -> None:
+    rows = [{"instruction": f"{n}", "output": "ok"} for n in range(10)]
+
+    def shown(*options: str) -> list[int]:
+        return [line["row"] for line in inspect("--json", "--data.dataset.validation_size", "0.2", *options, rows=rows).lines[:-1]]
+
+    assert shown() == list(range(1, 11))
+    trained, held = shown("--part", "train"), shown("--part", "validation")
+    assert (len(trained), len(held), sorted(trained + held)) == (8, 2, list(range(1, 11)))
+
+
+def test_rows_on_both_sides_of_the_division_are_counted(inspect: Inspect) -> None:
+    """Ten equal rows: eight to train on, and each of them is held out as well."""
+    result = inspect("--json", "--data.dataset.validation_size", "0.2", rows=[ROWS[0]] * 10)
+    assert (result.summary["examples"], result.summary["duplicates"], result.summary["also_in_validation"]) == (10, 9, 8)
 
 
 # ---- --strict ----
@@ -169,9 +186,7 @@ def test_strict_fails_on_rows_that_spoil_training(inspect: Inspect, options: tup
 
 def assert_fails(result: Result, problem: str) -> None:
     assert result.code == 2
-    assert result.err.splitlines()[-1] == (
-        f"qlora-lightning: --strict: the train part has {problem}; correct the rows or the fields of data.dataset"
-    )
+    assert result.err.splitlines()[-1] == (f"qlora-lightning: --strict: found {problem}; correct the rows or the fields of data.dataset")
     assert f"warning: {problem}\n" in result.out
 
 
@@ -243,7 +258,7 @@ def account() -> Audit:
     columns = {"row": [0], "input_ids": [[1, 2]], "supervised": [[0, 1]], "source_tokens": [1], "targets": [1], "straddling": [0]}
     batch = pyarrow.RecordBatch.from_pydict({**columns, "flags": [0]}, schema=SCHEMA)
     dataset = TokenizedDataset.from_batches([batch], "")
-    return audit("train", dataset, report_on(dataset, 1, {}), None, [], None, None, [])
+    return audit("train", dataset, report_on(dataset, 1, {}), 0, [], None, None, [])
 
 
 def test_a_terminal_gets_colours_and_no_control_characters(account: Audit) -> None:

@@ -16,9 +16,10 @@ from rich.table import Table
 from rich.text import Text
 
 from qlora_lightning.console import say
-from qlora_lightning.data.audit import SET_COLUMNS, Audit, Lengths, Padding, audit, padding_waste, set_shares
+from qlora_lightning.data.audit import SET_COLUMNS, Audit, Lengths, Padding, audit, in_both, padding_waste, set_shares
 from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.data.excerpts import Excerpt, excerpts, harmless, visible
+from qlora_lightning.data.sets import Part, merged
 from qlora_lightning.data.steps import StepShape
 from qlora_lightning.errors import UserError
 from qlora_lightning.inspection_html import page
@@ -32,7 +33,7 @@ _DESCRIPTION = (
     "--data.dataset, --data.dataset.path FILE and all others that `qlora-lightning fit --help` lists."
 )
 _ROWS = "Examples to show, the first of each set. Default: 5 on the terminal, 100 in an HTML page, all with --json."
-_PART = "Which part of the data."
+_PART = "all: every row of the training files, whether it is trained on or held out of them. train, validation: one of the two parts."
 _HTML = "Write the examples and the audit into this file, as a page that needs no network; the terminal then shows the audit alone."
 _STRICT = (
     "End with exit code 2 when something spoils training: bad rows that were skipped, rows without a supervised token (also after "
@@ -84,7 +85,7 @@ def inspect(options: list[str]) -> None:
     else:
         show(Console(highlight=False), [] if given.html else _excerpts(read, given, 5), found)
     if given.strict and found.problems:
-        raise UserError(f"--strict: the {given.part} part has {'; '.join(found.problems)}; correct the rows or the fields of data.dataset")
+        raise UserError(f"--strict: found {'; '.join(found.problems)}; correct the rows or the fields of data.dataset")
 
 
 class InspectionCLI(QLoRACLI):
@@ -128,7 +129,7 @@ class InspectionCLI(QLoRACLI):
 
 def _add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--rows", type=int | None, default=None, help=_ROWS)
-    parser.add_argument("--part", type=Literal["train", "validation"], default="train", help=_PART)
+    parser.add_argument("--part", type=Literal["all", "train", "validation"], default="all", help=_PART)
     parser.add_argument("--html", type=Path | None, default=None, help=_HTML)
     parser.add_argument("--strict", type=bool, default=False, help=_STRICT)
 
@@ -148,23 +149,32 @@ def _read_beginning(read: InstructionDataModule) -> None:
 
 
 def take_stock(read: InstructionDataModule, part: str, accumulate: int) -> Audit:
-    """The audit of the training or validation part of a data module whose rows are read.
+    """The audit of a part of the rows of a data module that is set up.
 
     Args:
         read: the data module.
-        part: "train" or "validation".
+        part: "all" (every row of the training files), "train" or "validation".
         accumulate: the trainer's accumulate_grad_batches, by which the padding is told.
     """
-    if part == "train":
-        assert read.train_report is not None
-        reports = [(one.spec.name, one.training[1], one.weight) for one in read.sets]
-        bad = [line for one in read.sets for line in one.bad]
-        layout = "packed" if read.packing else "grouped" if read.group_by_length else "random"
-        padding = _padding(read, accumulate)
-        return audit(part, read.train_set, read.train_report, read.val_set, bad, padding, layout, set_shares(reports))
-    assert read.val_set is not None and read.val_report is not None
-    reports = [(one.spec.name, one.validation[1], 1.0) for one in read.sets if one.has_validation]
-    return audit(part, read.val_set, read.val_report, read.train_set, [], None, None, set_shares(reports))
+    held = read.val_set
+    dataset, report = merged([(examples, weight) for _, examples, weight in _parts(read, part)])
+    shares = set_shares([(name, account, weight) for name, (_, account), weight in _parts(read, part)])
+    if part == "validation":
+        return audit(part, dataset, report, in_both(dataset, read.train_set), [], None, None, shares)
+    layout = "packed" if read.packing else "grouped" if read.group_by_length else "random"
+    bad = [line for one in read.sets for line in one.bad]
+    leaked = 0 if held is None else in_both(read.train_set, held)
+    return audit(part, dataset, report, leaked, bad, _padding(read, accumulate), layout, shares)
+
+
+def _parts(read: InstructionDataModule, part: str) -> list[tuple[str, Part, float]]:
+    """That part of each set which has one: the set's name, the part, and how often an epoch goes through it."""
+    match part:
+        case "all":
+            return [(one.spec.name, one.everything, one.weight) for one in read.sets]
+        case "train":
+            return [(one.spec.name, one.training, one.weight) for one in read.sets]
+    return [(one.spec.name, held, 1.0) for one in read.sets if (held := one.validation) is not None]
 
 
 def _padding(read: InstructionDataModule, accumulate: int) -> Padding:
@@ -179,10 +189,8 @@ def _padding(read: InstructionDataModule, accumulate: int) -> Padding:
 
 
 def _excerpts(read: InstructionDataModule, given: Namespace, default: int | None) -> Iterator[Excerpt]:
-    training = given.part == "train"
-    names = [one.spec.name for one in read.sets if training or one.has_validation]
-    dataset = read.train_set if training else read.val_set
-    assert dataset is not None
+    names = [name for name, _, _ in _parts(read, given.part)]
+    dataset, _ = merged([(part, weight) for _, part, weight in _parts(read, given.part)])
     return excerpts(dataset, names, read.tokenizer, default if given.rows is None else given.rows)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow
 import pytest
 
-from qlora_lightning.data.audit import Audit, Bucket, audit, histogram, padding_waste, set_shares, summarize
+from qlora_lightning.data.audit import Audit, Bucket, audit, histogram, in_both, padding_waste, set_shares, summarize
 from qlora_lightning.data.dataset import DOUBLED_BOS, LOST_END, RESPELLED, SCHEMA, TRUNCATED, TokenizedDataset, report_on
 from qlora_lightning.data.steps import StepShape
 
@@ -35,7 +35,7 @@ def of_length(*lengths: int) -> TokenizedDataset:
 
 
 def account(part: TokenizedDataset, other: TokenizedDataset | None = None, rows: int = 9, skipped: dict[str, int] | None = None) -> Audit:
-    return audit("train", part, report_on(part, rows, skipped or {}), other, [], None, None, [])
+    return audit("train", part, report_on(part, rows, skipped or {}), in_both(part, other) if other else 0, [], None, None, [])
 
 
 def test_rows_examples_and_tokens_are_counted() -> None:

@@ -57,6 +57,23 @@ def test_validation_size_is_rows_or_a_fraction(make_data: DataMaker, size: float
     assert data.val_report.rows == held
 
 
+def test_a_fraction_leaves_something_to_train_on(make_data: DataMaker) -> None:
+    one = make_data({"validation_size": 0.5}, rows=ROWS[:1])
+    one.setup("fit")
+    assert (len(one.train_set), one.val_set, one.heldout_conversations()) == (1, None, [])
+
+
+def test_held_out_rows_that_cannot_be_used_are_no_validation(make_data: DataMaker) -> None:
+    """Of ten rows one is drawn; where that one has no answer, the rest can be trained on all the same."""
+    found = []
+    for empty in range(10):
+        rows = [{**row, "response": ""} if n == empty else row for n, row in enumerate(ROWS[:10])]
+        data = make_data({"validation_size": 1}, rows=rows)
+        data.setup("fit")
+        found.append((len(data.train_set), data.val_set and len(data.val_set)))
+    assert sorted(found, key=str) == [(8, 1)] * 9 + [(9, None)]
+
+
 def test_a_validation_file_comes_before_carving(make_data: DataMaker, write_rows: Writer) -> None:
     data = make_data({"validation_path": write_rows([{"prompt": "held", "response": "out"}], "held.jsonl")})
     data.setup()

@@ -148,8 +148,8 @@ FOUND = [
     ("alpaca", "alpaca/alpaca_en_demo.json", {}, 999, 999, {}),
     ("hh_rlhf", "hh_rlhf/harmless-base/test_part.jsonl.gz", {}, 1300, 1296, {"empty answer": 4}),
     ("longform", "longform/longform_train.json", {}, 17, 17, {}),
-    ("oasst1", "oasst1/en_tree.jsonl.gz", {"format": "oasst1_tree"}, 60, 60, {}),
-    ("oasst1", "oasst1/en_tree.jsonl.gz", {"format": "oasst1_tree", "oasst1_paths": "all"}, 60, 321, {}),
+    ("oasst1", "oasst1/en_tree.jsonl.gz", {}, 60, 60, {}),
+    ("oasst1", "oasst1/en_tree.jsonl.gz", {"oasst1_paths": "all"}, 60, 321, {}),
     ("self_instruct", "self_instruct/p3_prompt_completion", {}, 1200, 1200, {}),
     ("unnatural_instructions", "self_instruct/seed_tasks.jsonl", {}, 175, 175, {}),
 ]
@@ -160,7 +160,7 @@ def test_published_rows_through_the_shipped_sets(
     folder: Path, tiny_base: Path, name: str, path: str, fields: dict[str, Any], rows: int, examples: int, skipped: dict[str, int]
 ) -> None:
     shipped = yaml.safe_load((shipped_root() / "datamodules" / f"{name}.yaml").read_text(encoding="utf-8"))
-    here = {"path": DataPath(folder / path), "validation_size": 0, "validation_hub_file": None, "max_length": None, **fields}
+    here = {"path": DataPath(folder / path), "validation_size": 0, "max_length": None, **fields}
     data = InstructionDataModule(DatasetSpec(**{**shipped, **here}), str(tiny_base))
     data.setup("fit")
     report = data.train_report

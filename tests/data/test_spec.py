@@ -21,7 +21,6 @@ HUB = {"path": None, "hub_id": "someone/rows", "hub_file": "train.jsonl", "revis
         ({"path": None}, "neither path nor hub_id is given"),
         ({**HUB, "revision": None}, "data.dataset.revision must pin the commit of the hub data set someone/rows, got none"),
         ({**HUB, "hub_file": None}, "data.dataset.hub_file must name the file"),
-        ({**HUB, "path": DataPath("/x.jsonl"), "validation_hub_file": "v.jsonl"}, "but validation still reads the hub's v.jsonl"),
         (
             {"template": "alpca"},
             "data.dataset.template must be one of alpaca, chatml, completion, gemma, guanaco, llama2, llama3, mistral, plain, qwen, "

@@ -84,7 +84,7 @@ class SetShare:
 
 @dataclass(frozen=True)
 class Audit:
-    """The account of the training or the validation part."""
+    """The account of the training files' rows, or of the training or the validation part."""
 
     part: str
     rows: int
@@ -109,7 +109,7 @@ class Audit:
     duplicates: int
     """Examples whose tokens an earlier example has too."""
     also_in_validation: int
-    """Examples of this part whose tokens are both in the training and in the validation part."""
+    """Examples of this part (of all: of the training part) whose tokens are both in the training and in the validation part."""
     tokens: int
     supervised_tokens: int
     """Tokens that count in the loss."""
@@ -164,7 +164,7 @@ def audit(
     part: str,
     dataset: TokenizedDataset,
     report: DataReport,
-    other: TokenizedDataset | None,
+    also_in_validation: int,
     bad_rows: list[str],
     padding: Padding | None,
     layout: str | None,
@@ -173,16 +173,16 @@ def audit(
     """The account of a part.
 
     Args:
-        part: "train" or "validation".
+        part: "all", "train" or "validation".
         dataset: its examples, at least one.
         report: what became of its rows.
-        other: the examples of the other part; None where there are none.
+        also_in_validation: see ``Audit``.
         bad_rows: see ``Audit``.
         padding: of the part's batches; None where it is not trained on.
         layout: see ``Audit``.
         sets: see ``set_shares``.
     """
-    own, source = _digests(dataset), dataset.columns["source_tokens"]
+    own, source = np.unique(_digests(dataset)), dataset.columns["source_tokens"]
     return Audit(
         part=part,
         rows=report.rows,
@@ -195,8 +195,8 @@ def audit(
         doubled_bos=report.doubled_bos,
         boundary_tokens=report.straddling_tokens,
         respelled=report.respelled,
-        duplicates=len(own) - len(np.unique(own)),
-        also_in_validation=0 if other is None else int(np.isin(own, _digests(other)).sum()),
+        duplicates=len(dataset) - len(own),
+        also_in_validation=also_in_validation,
         tokens=report.tokens,
         supervised_tokens=report.supervised_tokens,
         supervised_share=round(report.supervised_tokens / report.tokens, 4),
@@ -209,6 +209,11 @@ def audit(
         layout=layout,
         sets=sets,
     )
+
+
+def in_both(examples: TokenizedDataset, others: TokenizedDataset) -> int:
+    """How many of the examples have the tokens of one of the others."""
+    return int(np.isin(_digests(examples), _digests(others)).sum())
 
 
 def _digests(dataset: TokenizedDataset) -> npt.NDArray[np.uint64]:

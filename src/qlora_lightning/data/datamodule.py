@@ -118,7 +118,7 @@ class InstructionDataModule(LightningDataModule):
             UserError: files, rows or the template are wrong, or ``stage`` needs validation rows and there are none.
         """
         self._open()
-        held = [(one.validation, 1.0) for one in self.sets if one.has_validation]
+        held = [(part, 1.0) for one in self.sets if (part := one.validation) is not None]
         if held and self.val_set is None:
             self.val_set, self.val_report = merged(held)
         if stage in (None, "fit") and not self.streaming and self.train_report is None:
@@ -164,7 +164,7 @@ class InstructionDataModule(LightningDataModule):
     def heldout_conversations(self, n: int | None = None) -> list[Conversation]:
         """The first ``n`` usable validation conversations (all for None), in the order of the rows; none where there is no validation."""
         self._open()
-        return list(islice(chain.from_iterable(one.heldout_conversations() for one in self.sets if one.has_validation), n))
+        return list(islice(chain.from_iterable(one.heldout_conversations() for one in self.sets), n))
 
     # Steps
 

@@ -53,7 +53,7 @@ def _places(spec: DatasetSpec, of_hub: Callable[[str], str]) -> tuple[list[str],
     train = listed(spec.hub_file) if spec.path is None else [_local(spec.path, "data.dataset.path")]
     if spec.validation_path is not None:
         return train, [_local(spec.validation_path, "data.dataset.validation_path")]
-    return train, listed(spec.validation_hub_file)
+    return train, listed(spec.validation_hub_file) if spec.path is None else []
 
 
 def _local(path: str, option: str) -> str:

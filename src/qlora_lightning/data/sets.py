@@ -39,23 +39,25 @@ class InstructionSet:
         self.spec, self.weight = spec, weight
         self._tokenizer, self._processes, self._seed = tokenizer, processes, seed
 
-    @property
-    def has_validation(self) -> bool:
-        """Whether some rows are held out."""
-        return bool(self._sources[1]) or self.spec.validation_size > 0
-
     @cached_property
     def training(self) -> Part:
         """The rows to train on."""
         rows = np.arange(self._prepared.rows)
         return self._prepared.part(np.setdiff1d(rows, self._held))
 
+    @property
+    def everything(self) -> Part:
+        """All rows of the training files, those held out of them too."""
+        return self._prepared.part(np.arange(self._prepared.rows))
+
     @cached_property
-    def validation(self) -> Part:
-        """The held-out rows."""
+    def validation(self) -> Part | None:
+        """The held-out rows; None where there are none, or none of those drawn can be used."""
         if self._local[1]:
             prepared = prepare(self._local[1], self.spec, self._tokenizer, self._processes)
             return prepared.part(np.arange(prepared.rows))
+        if not self.spec.validation_size or not len(self._prepared.examples.of_rows(self._held)):
+            return None
         return self._prepared.part(self._held)
 
     @property
@@ -65,6 +67,8 @@ class InstructionSet:
 
     def heldout_conversations(self) -> Iterator[Conversation]:
         """The usable held-out conversations up to their last answer, in the order of the rows, which are read anew."""
+        if not self._sources[1] and not self.spec.validation_size:
+            return
         spec = replace(self.spec, compat="fixed")  # the authors' pairs are no conversations
         training, validation = self._sources
         rows = read_files(validation or training, spec)
@@ -99,10 +103,11 @@ class InstructionSet:
     @cached_property
     def _held(self) -> Numbers:
         """Rows are drawn, not conversations: the paths of one tree share their beginnings and must not end up on both sides."""
-        size, rows = self.spec.validation_size, self._prepared.rows
+        size = self.spec.validation_size
         if self._local[1] or not size:
             return np.zeros(0, np.int64)
-        count = int(size) if size >= 1 else ceil(size * rows)
+        rows = self._prepared.rows
+        count = int(size) if size >= 1 else min(ceil(size * rows), rows - 1)
         if count >= rows:
             raise UserError(f"data.dataset.validation_size must leave rows to train on, got {size} of {rows} rows; make it smaller")
         generator = np.random.default_rng(_PAPER_SEED if self.spec.compat == "paper" else [self._seed, 0, 1])

@@ -63,10 +63,11 @@ class DatasetSpec:
     validation_path: DataPath | None = None
     """A local file or folder of validation rows, of the same shape. Comes before ``validation_hub_file`` and ``validation_size``."""
     validation_hub_file: str | list[str] | None = None
-    """The file or files with the validation rows inside the hub data set. Comes before ``validation_size``."""
+    """The file or files with the validation rows inside the hub data set. Comes before ``validation_size``. Unused where ``path``
+    is given."""
     validation_size: int | float = 0
     """How many rows (or, below 1, which fraction of them) are taken out of the training rows, drawn by the seed, where no validation
-    file is given. 0: no validation."""
+    file is given. 0: no validation. A fraction leaves at least one row to train on."""
     rows_per_file: int | None = None
     """Use only the first so many rows of each file. Null: all."""
     format: Format = "auto"
@@ -133,11 +134,6 @@ class DatasetSpec:
         if self.reads_hub and not self.revision:
             raise UserError(
                 f"data.dataset.revision must pin the commit of the hub data set {self.hub_id}, got none; its history on the hub lists them"
-            )
-        if self.path is not None and self.validation_hub_file and self.validation_path is None:
-            raise UserError(
-                f"data.dataset.path replaces the hub's training file, but validation still reads the hub's {self.validation_hub_file}; "
-                "give --data.dataset.validation_path too, or --data.dataset.validation_hub_file null"
             )
 
     @property

@@ -90,9 +90,11 @@ class StreamedSet(InstructionSet):
         return tokenized(read_files(self._sources[0], self.spec), self.spec, self._tokenizer, skip=len(self._held))
 
     @cached_property
-    def validation(self) -> Part:
+    def validation(self) -> Part | None:
         """The held-out rows, tokenized now and kept in memory."""
         given = self._sources[1]
+        if not given and not len(self._held):
+            return None
         most = None if given else len(self._held)
         chunks = list(tokenized(read_files(given or self._sources[0], self.spec), self.spec, self._tokenizer, most=most))
         skipped = [found for chunk in chunks for found in chunk.skipped]
