@@ -51,6 +51,11 @@ def test_unknown_option_names_the_nearest(complaint: Callable[..., str], option:
     assert complaint(option, "3") == f"unknown option {option.removeprefix('--')}; did you mean {nearest}?"
 
 
+def test_half_a_name_is_a_misspelt_one(complaint: Callable[..., str]) -> None:
+    """argparse would take it for the only option that begins so, today."""
+    assert complaint("--data.dataset.templat", "alpaca") == "unknown option data.dataset.templat; did you mean data.dataset.template?"
+
+
 def test_unknown_key_in_a_recipe_names_the_nearest(complaint: Callable[..., str], tmp_path: Path) -> None:
     recipe = write(tmp_path / "r.yaml", "model:\n  lora: {rank: 3}\n")
     assert complaint("--config", str(recipe)).startswith("unknown option model.lora.rank; did you mean model.lora.")

@@ -12,7 +12,11 @@ UNKNOWN = re.compile(r"unrecognized arguments: (?:--)?(?P<a>[^\s=]+)|(?:does not
 
 
 class OneLineParser(ArgumentParser):
-    """Raises ``UserError`` where argparse prints its usage and exits."""
+    """Raises ``UserError`` where argparse prints its usage and exits. Takes no abbreviations: half a name is a misspelt one."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.allow_abbrev = False
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Say what is wrong with the arguments in one line, with the nearest option for an unknown one."""
