@@ -135,11 +135,17 @@ def test_the_validation_part_can_be_looked_at(inspect: Inspect, tmp_path: Path) 
     assert (summary["part"], summary["also_in_validation"], summary["padding_waste"]) == ("validation", 1, None)
 
 
-def test_of_a_stream_the_beginning_is_prepared(inspect: Inspect) -> None:
+STREAMED = ("--data.streaming", "true", "--data.dataset.validation_size", "3")
+
+
+def test_of_a_stream_the_beginning_is_read(inspect: Inspect) -> None:
     rows = [{"instruction": f"{n}", "output": "ok"} for n in range(1010)]
-    result = inspect("--json", "--data.streaming", "true", "--data.dataset.validation_size", "3", rows=rows)
-    assert "data.streaming is true: inspecting the first 1,003 rows of each file" in result.err
+    result = inspect("--json", *STREAMED, rows=rows)
+    assert "data.streaming is true: the first 1,000 rows stand for all" in result.err
     assert result.summary["examples"] == 1003  # of which a fit would hold three out
+    trained, held = (inspect("--json", "--part", part, *STREAMED, rows=rows).lines[:-1] for part in ("train", "validation"))
+    assert ([line["row"] for line in held], trained[0]["row"], len(trained)) == ([1, 2, 3], 4, 1000)
+    assert inspect(*STREAMED, "--data.dataset.validation_size", "0.1").code == 2  # as for a fit
 
 
 def test_all_rows_are_shown_those_held_out_too_unless_one_part_is_asked_for(inspect: Inspect) -> None:

@@ -15,6 +15,7 @@ LAYERS = {
     "data.datamodule": 1,
     "data": 0,
     "cache": 0,
+    "machine": 0,
     "strategies.policy": 0,
     "strategies": 1,
     "modeling": 1,

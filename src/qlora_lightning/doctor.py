@@ -17,6 +17,7 @@ from rich.table import Table
 
 from qlora_lightning import __version__
 from qlora_lightning.loggers import reachable, wandb_logged_in, wandb_mode
+from qlora_lightning.machine import usable_cores
 
 GIB = 2**30
 PACKAGES = ("torch", "lightning", "transformers", "peft", "bitsandbytes", "triton", "wandb")
@@ -47,7 +48,7 @@ def examine() -> Facts:
     facts: Facts = {
         "versions": _versions(),
         "device": device,
-        "host": {"cpu_cores": _cpu_cores(), **_host_memory()},
+        "host": {"cpu_cores": usable_cores(), **_host_memory()},
         "bitsandbytes": _bitsandbytes(device),
         "disk": {"working_folder": _disk(Path.cwd()), "hugging_face_cache": _disk(Path(hub.HF_HUB_CACHE))},
         "network": _network(),
@@ -116,11 +117,6 @@ def _cpu_name() -> str:
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def _cpu_cores() -> int:
-    """Cores that this process may use, which a container or a batch system makes fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _host_memory() -> dict[str, float]:

@@ -5,7 +5,6 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +20,7 @@ from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.data.excerpts import Excerpt, excerpts, harmless, visible
 from qlora_lightning.data.sets import Part, merged
 from qlora_lightning.data.steps import StepShape
+from qlora_lightning.data.stream import BEGINNING
 from qlora_lightning.errors import UserError
 from qlora_lightning.inspection_html import page
 from qlora_lightning.lightning_cli import OneLineLightningParser, QLoRACLI, resolve_names
@@ -28,9 +28,9 @@ from qlora_lightning.parser import OneLineParser
 from qlora_lightning.recipes import shared_defaults
 
 _DESCRIPTION = (
-    "Show which tokens a fit would train on, and audit its rows. Only the tokenizer of the base model is loaded. "
-    "Besides the options below every option of `fit` is understood and means the same: --config RECIPE, --model.base_model, "
-    "--data.dataset, --data.dataset.path FILE and all others that `qlora-lightning fit --help` lists."
+    "Show which tokens a fit would train on, and audit its rows. Of the base model only the tokenizer is loaded (a .gguf file is "
+    "converted first, once). Besides the options below every option of `fit` is understood and means the same: --config RECIPE, "
+    "--model.base_model, --data.dataset, --data.dataset.path FILE and all others that `qlora-lightning fit --help` lists."
 )
 _ROWS = "Examples to show, the first of each set. Default: 5 on the terminal, 100 in an HTML page, all with --json."
 _PART = "all: every row of the training files, whether it is trained on or held out of them. train, validation: one of the two parts."
@@ -42,9 +42,9 @@ _STRICT = (
 )
 _JSON = (
     "Print JSON Lines on standard output and all else on standard error: {row, text, supervised, input_tokens, supervised_tokens} for "
-    "each example (row: the number of the row in its file, from 1), then {summary}, the audit."
+    "each example (row: the number of the row, or of the tree of messages, from 1, counted through all files of its set), then "
+    "{summary}, the audit."
 )
-_STREAMED = 1000  # rows of a stream to inspect
 _BAD = 5  # errors of bad rows on the terminal
 _BARS = " ▁▂▃▄▅▆▇█"
 _TRAINED, _READ = "bold green", "dim"
@@ -117,11 +117,12 @@ class InspectionCLI(QLoRACLI):
 
     def after_instantiate_classes(self) -> None:
         self.datamodule.check(self.given.trainer.accumulate_grad_batches)
-        if self.datamodule.streaming:
-            _read_beginning(self.datamodule)
         self.datamodule.setup("fit")
         if self.given.part == "validation":
             self.datamodule.setup("validate")
+        if self.datamodule.streaming:
+            say(f"data.streaming is true: the first {BEGINNING:,} rows stand for all")
+            self.datamodule.train_set, self.datamodule.train_report = self.datamodule.sets[0].training
 
     def _run_subcommand(self, subcommand: str) -> None:
         """There is nothing to run."""
@@ -141,13 +142,6 @@ def _print_help() -> None:
     parser.print_help()
 
 
-def _read_beginning(read: InstructionDataModule) -> None:
-    """Prepare some rows of what a fit would stream."""
-    most = _STREAMED + int(read.spec.validation_size)
-    say(f"data.streaming is true: inspecting the first {most:,} rows of each file, prepared")
-    read.streaming, read.spec = False, replace(read.spec, rows_per_file=min(most, read.spec.rows_per_file or most))
-
-
 def take_stock(read: InstructionDataModule, part: str, accumulate: int) -> Audit:
     """The audit of a part of the rows of a data module that is set up.
 
@@ -156,9 +150,9 @@ def take_stock(read: InstructionDataModule, part: str, accumulate: int) -> Audit
         part: "all" (every row of the training files), "train" or "validation".
         accumulate: the trainer's accumulate_grad_batches, by which the padding is told.
     """
-    held = read.val_set
-    dataset, report = merged([(examples, weight) for _, examples, weight in _parts(read, part)])
-    shares = set_shares([(name, account, weight) for name, (_, account), weight in _parts(read, part)])
+    held, (dataset, report) = read.val_set, _merged(read, part)
+    epoch = _parts(read, "validation" if part == "validation" else "train")
+    shares = set_shares([(name, account, weight) for name, (_, account), weight in epoch])
     if part == "validation":
         return audit(part, dataset, report, in_both(dataset, read.train_set), [], None, None, shares)
     layout = "packed" if read.packing else "grouped" if read.group_by_length else "random"
@@ -177,6 +171,10 @@ def _parts(read: InstructionDataModule, part: str) -> list[tuple[str, Part, floa
     return [(one.spec.name, held, 1.0) for one in read.sets if (held := one.validation) is not None]
 
 
+def _merged(read: InstructionDataModule, part: str) -> Part:
+    return merged([(examples, weight) for _, examples, weight in _parts(read, part)])
+
+
 def _padding(read: InstructionDataModule, accumulate: int) -> Padding:
     """The padding of every layout that a run could have, whichever it has."""
 
@@ -184,14 +182,12 @@ def _padding(read: InstructionDataModule, accumulate: int) -> Padding:
         shape = StepShape(read.global_batch_size, accumulate, pack_length=pack_length)
         return padding_waste(read.train_set, shape, read.pad_to_multiple_of, read.seed, group_by_length)
 
-    read.packing = True  # so that it tells the length of packed rows; nothing is trained with it
-    return Padding(random=waste(False), grouped=waste(True), packed=waste(read.group_by_length, read.pack_length))
+    return Padding(random=waste(False), grouped=waste(True), packed=waste(read.group_by_length, read.packed_row))
 
 
 def _excerpts(read: InstructionDataModule, given: Namespace, default: int | None) -> Iterator[Excerpt]:
     names = [name for name, _, _ in _parts(read, given.part)]
-    dataset, _ = merged([(part, weight) for _, part, weight in _parts(read, given.part)])
-    return excerpts(dataset, names, read.tokenizer, default if given.rows is None else given.rows)
+    return excerpts(_merged(read, given.part)[0], names, read.tokenizer, default if given.rows is None else given.rows)
 
 
 def _write(file: Path, text: str) -> None:

@@ -3,6 +3,7 @@
 import json
 import signal
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,13 @@ from qlora_lightning.callbacks.samples import Samples, asked
 from qlora_lightning.callbacks.validation import ValidateEvery
 from qlora_lightning.console import console, say
 from qlora_lightning.data.datamodule import InstructionDataModule
+from qlora_lightning.data.spec import DatasetSpec
 from qlora_lightning.errors import UserError
 from qlora_lightning.loggers import RunCSVLogger, RunWandbLogger
 from qlora_lightning.modeling.adapters import adapter_metadata
 from qlora_lightning.module import QLoRAModule
 from qlora_lightning.parser import OneLineParser
-from qlora_lightning.recipes import find_datamodule, find_recipe, shared_defaults
+from qlora_lightning.recipes import find_datamodule, find_recipe, names_dataset, shared_defaults
 from qlora_lightning.run_folder import check_folder, clear_folder, find_checkpoint, lies_in, run_folder
 from qlora_lightning.strategies import QLoRAStrategy
 
@@ -49,16 +51,23 @@ def run(arguments: list[str]) -> None:
 
 
 def resolve_names(arguments: list[str]) -> list[str]:
-    """Replace the names of shipped recipes (after ``--config``) and data modules (after ``--data.dataset``) by their files."""
+    """Replace the names of shipped recipes (after ``--config``) and data modules (after ``--data.dataset``) by their files.
+
+    A data set that is named takes the place of one named before. The parser would merge the two: rows of one, template and limits of the
+    other; so everything about a data set is set back to its default first.
+    """
     finders = {"--config": find_recipe, "-c": find_recipe, "--data.dataset": find_datamodule}
-    resolved: list[str] = []
-    for argument in arguments:
-        option, equals, value = argument.partition("=")
-        if resolved and resolved[-1] in finders:
-            argument = str(finders[resolved[-1]](argument))
-        elif equals and option in finders:
-            argument = f"{option}={finders[option](value)}"
-        resolved.append(argument)
+    blank = ["--data.dataset", json.dumps({field.name: field.default for field in fields(DatasetSpec)})]
+    resolved, rest = [], list(arguments)
+    while rest:
+        option, equals, value = rest.pop(0).partition("=")
+        if option not in finders or not (equals or rest):
+            resolved.append(f"{option}{equals}{value}")
+            continue
+        found = finders[option](value if equals else rest.pop(0))
+        if isinstance(found, Path) and (option == "--data.dataset" or names_dataset(found)):
+            resolved += blank
+        resolved += [option, str(found)]
     return resolved
 
 

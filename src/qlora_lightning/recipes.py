@@ -41,19 +41,29 @@ def find_recipe(name_or_path: str) -> Path:
     return path
 
 
+def names_dataset(recipe: Path) -> bool:
+    """Whether a recipe names a data set by its file, and does not only set some of its fields."""
+    content = _content(recipe)
+    return isinstance(_mapping(content.get("data")).get("dataset", content.get("data.dataset")), str)
+
+
 def _check_dataset(recipe: Path) -> None:
     """The parser would forget a data set's file where the same YAML sets one of its fields as well."""
-    try:
-        content = _mapping(yaml.safe_load(recipe.read_text(encoding="utf-8")))
-    except yaml.YAMLError:
-        return  # the parser says what is wrong
-    data = _mapping(content.get("data"))
-    fields = [key for key in (*content, *(f"data.{key}" for key in data)) if str(key).startswith("data.dataset.")]
-    if fields and isinstance(data.get("dataset", content.get("data.dataset")), str):
+    content = _content(recipe)
+    fields = [key for key in (*content, *(f"data.{key}" for key in _mapping(content.get("data")))) if str(key).startswith("data.dataset.")]
+    if fields and names_dataset(recipe):
         raise UserError(
             f"{recipe}: a YAML names a data set's file or sets its fields, and this one does both ({fields[0]}); "
             f"give the fields in a second --config or as --{fields[0]} VALUE"
         )
+
+
+def _content(recipe: Path) -> dict[str, Any]:
+    """What a YAML says; nothing where it is broken, of which the parser says more."""
+    try:
+        return _mapping(yaml.safe_load(recipe.read_text(encoding="utf-8")))
+    except yaml.YAMLError:
+        return {}
 
 
 def _utf8(path: Path) -> Path:
@@ -69,10 +79,22 @@ def _utf8(path: Path) -> Path:
     return path
 
 
-def find_datamodule(name_or_path: str) -> Path:
-    """The YAML of an instruction set: an existing file wins, else a shipped one of that name; anything else is left to the parser."""
-    shipped = shipped_root() / "datamodules" / f"{name_or_path}.yaml"
-    return shipped if shipped.is_file() and not Path(name_or_path).is_file() else Path(name_or_path)
+def find_datamodule(name_or_path: str) -> Path | str:
+    """The YAML of an instruction set: an existing file wins, else a shipped one of that name. A mapping instead of a name stays as it is.
+
+    Raises:
+        UserError: it is none of these.
+    """
+    if name_or_path.lstrip().startswith("{") or name_or_path == "null":
+        return name_or_path
+    if Path(name_or_path).is_file():
+        return _utf8(Path(name_or_path))
+    shipped = {path.stem: path for path in sorted((shipped_root() / "datamodules").glob("*.yaml"))}
+    if name_or_path.removesuffix(".yaml") in shipped:
+        return shipped[name_or_path.removesuffix(".yaml")]
+    near = difflib.get_close_matches(Path(name_or_path).stem, shipped, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise UserError(f"a data set is a YAML file or a shipped name, and {name_or_path!r} is neither; {hint}shipped are {', '.join(shipped)}")
 
 
 def _shipped_recipes() -> dict[str, Path]:

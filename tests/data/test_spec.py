@@ -9,7 +9,7 @@ import pytest
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from qlora_lightning.data.datamodule import InstructionDataModule
-from qlora_lightning.data.spec import DataPath, DatasetSpec
+from qlora_lightning.data.spec import DatasetSpec
 from qlora_lightning.errors import UserError
 
 HUB = {"path": None, "hub_id": "someone/rows", "hub_file": "train.jsonl", "revision": "0123abc"}
@@ -38,11 +38,6 @@ def test_what_can_never_work_is_refused_in_one_line(make_spec: Callable[..., Dat
         make_spec(**fields)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
-
-
-def test_a_local_path_takes_the_place_of_the_hub(make_spec: Callable[..., DatasetSpec]) -> None:
-    assert make_spec(**HUB).reads_hub
-    assert not make_spec(**{**HUB, "path": DataPath("/x.jsonl")}).reads_hub
 
 
 @pytest.fixture

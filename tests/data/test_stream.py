@@ -52,10 +52,26 @@ def test_steps_are_full_and_the_stream_begins_again(make_data: DataMaker, tmp_pa
     seen = answers(data, model)
     assert (used.global_step, [len(step) for step in seen]) == (25, [4] * 25)
     counts = {text: sum(step.count(text) for step in seen) for step in seen for text in step}
-    assert set(counts) <= {f"answer {n}." for n in range(5, 45)}  # the first five are held out
-    assert max(counts.values()) <= 4
-    order = [text for step in seen for text in step]
-    assert order[:40] != [f"answer {n}." for n in range(5, 45)]
+    assert set(counts) == {f"answer {n}." for n in range(5, 45)}  # the first five are held out
+    assert set(counts.values()) == {2, 3}  # two and a half passes of 40, in each of which every example comes once
+    passes = [[text for step in seen[first : first + 10] for text in step] for first in (0, 10)]
+    assert sorted(passes[0]) == sorted(passes[1])
+    assert passes[0] != passes[1]
+
+
+def test_an_example_waits_in_the_buffer_for_as_many_as_it_holds(make_data: DataMaker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not sorted, and not far from its place: 15 others come before it on average while the buffer is full."""
+    data = make_data({"validation_size": 0}, rows=[{"prompt": "q" * 9, "response": f"{n:04}"} for n in range(1000)])
+    data.setup("fit")
+    streamed = data.sets[0]
+    assert isinstance(streamed, stream.StreamedSet)
+    steps = iter(stream.StreamedSteps(streamed.chunks, stream.StepShape(4, 1), seed=1))
+    fetched = [example for _ in range(250) for row in next(steps)[1] for example in row]
+    numbers = [int(str(data.tokenizer.decode(example.input_ids.tolist()))[-8:-4]) for example in fetched]
+    assert sorted(numbers) == list(range(1000))
+    late = [place - number for place, number in enumerate(numbers[:900])]
+    assert min(late) >= -16
+    assert abs(sum(late) / len(late)) < 3
 
 
 @pytest.mark.parametrize("options", [{"accumulate_grad_batches": 2}, {"accumulate_grad_batches": 4}])
@@ -64,6 +80,7 @@ def test_microbatches_packing_and_workers_do_not_change_the_steps(make_data: Dat
     whole, _ = run(tmp_path, plain)
     packed = make_data(packing=True, num_workers=2)
     divided, _ = run(tmp_path, packed, **options)
+    assert sum(len(rows) for _, rows, _ in divided.seen) == 25 * options["accumulate_grad_batches"]  # rows, of 100 examples
     assert answers(packed, divided) == answers(plain, whole)
     assert {(step, tokens) for step, _, tokens in divided.seen} == {(step, tokens) for step, _, tokens in whole.seen}
 
@@ -112,9 +129,9 @@ def test_a_validation_file_leaves_all_rows_to_train_on(make_data: DataMaker, wri
 
 
 def test_mistakes_end_in_one_line(make_data: DataMaker, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"data.streaming has no epochs: trainer.max_steps must say .* got -1 and 1.0"):
+    with pytest.raises(UserError, match=r"data.streaming has no epochs that could say when to end; set --trainer.max_steps N$"):
         run(tmp_path, make_data(), max_steps=-1, max_epochs=1)
-    with pytest.raises(UserError, match=r"limit_train_batches be unset, got 5 and 3"):
+    with pytest.raises(UserError, match=r"set --trainer.max_steps N and leave out trainer.limit_train_batches 3$"):
         run(tmp_path, make_data(), max_steps=5, limit_train_batches=3)
     with pytest.raises(UserError, match=r"validation_size must be a number of rows where data.streaming is true, got 0.1"):
         run(tmp_path, make_data({"validation_size": 0.1}))

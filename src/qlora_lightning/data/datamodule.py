@@ -1,6 +1,5 @@
 """The instruction sets as Lightning sees them: rows to loaders, and the place in the data that a checkpoint remembers."""
 
-import os
 from collections.abc import Callable
 from hashlib import sha256
 from itertools import chain, islice
@@ -16,14 +15,16 @@ from qlora_lightning.data.collate import Collator
 from qlora_lightning.data.dataset import DataReport, TokenizedDataset
 from qlora_lightning.data.encoder import Encoder, encode_prompts
 from qlora_lightning.data.formats import Conversation
+from qlora_lightning.data.packing import check_pack_length
 from qlora_lightning.data.rendering import Renderer, load_renderer
-from qlora_lightning.data.sets import InstructionSet, merged, with_style_of
+from qlora_lightning.data.sets import InstructionSet, RowSet, merged, with_style_of
 from qlora_lightning.data.spec import DatasetSpec, MixPart
 from qlora_lightning.data.steps import StepShape, check_division, own_generator
 from qlora_lightning.data.stream import StreamedSet
 from qlora_lightning.data.templates import TEMPLATES, TOKENIZER
 from qlora_lightning.data.training import PlannedTraining, StreamedTraining, Training
 from qlora_lightning.errors import UserError
+from qlora_lightning.machine import usable_cores
 from qlora_lightning.modeling.tokenizer import filler_id, load_tokenizer
 
 _PACKED_ROW = 2048  # tokens: rows long enough to fill well, short enough for attention over a whole row
@@ -45,12 +46,13 @@ class InstructionDataModule(LightningDataModule):
         streaming: Read rows while training instead of preparing them first, for sets larger than the disk. Needs trainer.max_steps; the
             order is the files', loosened by a shuffle buffer; the first validation_size rows are held out.
         packing: Lay the examples of a step end to end in rows, each with positions and attention of its own: no padding, same results.
-        pack_length: Tokens of a packed row at most. Null: 2,048, or the longest example where that is longer.
+        pack_length: Tokens of a packed row at most. Null: 2,048, or the longest example where that is longer
+            (2,048 in a stream, whose lengths are not known).
         group_by_length: Make up steps of examples of like length. Saves padding; the order stays shuffled.
         pad_to_multiple_of: Round the length of each batch up to a multiple of this many tokens, which suits tensor cores.
         num_workers: Processes that pad batches ahead of training. 0: the training process itself; usually enough.
         num_proc: Processes that tokenize rows, once. Null: one a core.
-        seed: Of the order of the examples and the choice of validation rows; nothing else influences them.
+        seed: Of the order of the examples and, but for compat: paper, the choice of validation rows; no other random state influences them.
     """
 
     def __init__(
@@ -58,7 +60,7 @@ class InstructionDataModule(LightningDataModule):
         dataset: DatasetSpec,
         base_model: str,
         base_revision: str | None = None,
-        mix: list[MixPart] | None = None,
+        mix: list[MixPart] = [],  # noqa: B006  (no Union with None, whose error would hide what is wrong in an entry)
         global_batch_size: int = 16,
         eval_batch_size: int = 8,
         streaming: bool = False,
@@ -85,7 +87,7 @@ class InstructionDataModule(LightningDataModule):
         self.spec = dataset
         self.base_model = base_model
         self.base_revision = base_revision
-        self.mix = mix or []
+        self.mix = mix
         self.global_batch_size = global_batch_size
         self.eval_batch_size = eval_batch_size
         self.streaming = streaming
@@ -96,13 +98,13 @@ class InstructionDataModule(LightningDataModule):
         self.seed = seed
         self.tokenizer: PreTrainedTokenizerFast
         self.renderer: Renderer
-        self.sets: list[InstructionSet] = []
+        self.sets: list[RowSet] = []
         self.train_set: TokenizedDataset
         self.train_report: DataReport | None = None
         self.val_set: TokenizedDataset | None = None
         self.val_report: DataReport | None = None
         self._pack_length = pack_length
-        self._processes = num_proc or len(os.sched_getaffinity(0))
+        self._processes = num_proc or usable_cores()
 
     # Reading
 
@@ -144,21 +146,20 @@ class InstructionDataModule(LightningDataModule):
     def _open_stream(self) -> None:
         if self.mix:
             raise UserError("data.mix needs rows that are prepared first, but data.streaming is true; leave one of them out")
-        self.sets = [StreamedSet(self.spec, self.tokenizer, self._processes, self.seed)]
+        self.sets = [StreamedSet(self.spec, self.tokenizer, self.seed)]
 
     def _check_pack_length(self) -> None:
-        longest = int(self.train_set.lengths.max())
-        if self._pack_length is not None and self._pack_length < longest:
-            raise UserError(
-                f"data.pack_length must hold the longest example, got {self._pack_length} for one of {longest} tokens; "
-                "raise it, or set data.dataset.max_length"
-            )
+        if self.packing and self._pack_length is not None:
+            check_pack_length(self._pack_length, int(self.train_set.lengths.max()))
 
     @property
     def pack_length(self) -> int | None:
         """Tokens of a packed row at most; None without packing."""
-        if not self.packing:
-            return None
+        return self.packed_row if self.packing else None
+
+    @property
+    def packed_row(self) -> int:
+        """Tokens that a packed row would have at most, packed or not."""
         return self._pack_length or max(_PACKED_ROW, 0 if self.streaming else int(self.train_set.lengths.max()))
 
     def heldout_conversations(self, n: int | None = None) -> list[Conversation]:

@@ -10,6 +10,8 @@ from heapq import heapify, heappop, heappush, heapreplace
 import numpy as np
 import numpy.typing as npt
 
+from qlora_lightning.errors import UserError
+
 Lengths = npt.NDArray[np.int64]
 Row = tuple[int, ...]
 """The examples of one row, by index."""
@@ -88,3 +90,12 @@ def row_tokens(row: Row, lengths: Lengths) -> int:
 
 def _longest_first(step: Sequence[int], lengths: Lengths) -> list[int]:
     return sorted(step, key=lambda index: -lengths[index])
+
+
+def check_pack_length(pack_length: int, longest: int) -> None:
+    """Raises UserError where a packed row of ``pack_length`` tokens cannot hold an example of ``longest`` tokens."""
+    if pack_length < longest:
+        raise UserError(
+            f"data.pack_length must hold the longest example, got {pack_length} for one of {longest} tokens; "
+            "raise it, or set data.dataset.max_length"
+        )

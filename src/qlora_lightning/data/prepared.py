@@ -1,8 +1,8 @@
 """Rows prepared once: tokenized by all cores, written as Arrow, memory-mapped, and found again by what they were made from.
 
 The key of a prepared set is the bytes of the data files, everything in the specification that shapes examples, the tokenizer with its
-chat template, and the code of this package. A set is written beside its place and renamed when it is whole: killed halfway, the next run
-begins anew. Rows stream through; no more than some thousand are in memory at once.
+chat template, and the code of this folder. A set is written beside its place and renamed when it is whole: killed halfway, the next run
+begins anew. Rows stream through; no more than some thousand are in memory at once (but a .json file's text, and OASST1's messages, whole).
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ from qlora_lightning.console import say
 from qlora_lightning.data.dataset import SCHEMA, DataReport, Numbers, TokenizedDataset, report_on
 from qlora_lightning.data.encoder import Encoder
 from qlora_lightning.data.files import Located, read_rows
-from qlora_lightning.data.formats import gather, row_parser
+from qlora_lightning.data.formats import RowParser, gather, row_parser
 from qlora_lightning.data.rendering import PaperRenderer, load_renderer
 from qlora_lightning.data.spec import DatasetSpec
 from qlora_lightning.data.tokenize import Chunk, RowTokenizer, Unit
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _SOURCES = ("name", "path", "hub_id", "hub_file", "revision", "validation_path", "validation_hub_file", "validation_size")
-"""Fields of the specification that say where rows are: what they hold is in the key instead."""
+"""Fields of the specification that say where rows are, and its name: what the rows hold is in the key instead."""
 _SAID_FROM = 2.0  # seconds; what took less is not worth a line
 
 
@@ -53,6 +53,10 @@ class Prepared:
     """Number of the row, from 0, and why it or a conversation of it was left out."""
     bad: list[str]
     """The errors of rows that were skipped because they are wrong; the first hundred."""
+
+    def whole(self) -> tuple[TokenizedDataset, DataReport]:
+        """All examples, and the account of all rows; see ``part``."""
+        return self.part(np.arange(self.rows))
 
     def part(self, rows: Numbers) -> tuple[TokenizedDataset, DataReport]:
         """The examples of these rows, and the account of them.
@@ -150,25 +154,30 @@ def read_files(files: Iterable[str | Path], spec: DatasetSpec) -> Iterator[Locat
     return chain.from_iterable(read_rows(file, spec.rows_per_file) for file in files)
 
 
-def tokenized(
-    rows: Iterator[Located],
-    spec: DatasetSpec,
-    tokenizer: "PreTrainedTokenizerBase",
-    processes: int = 1,
-    skip: int = 0,
-    most: int | None = None,
-) -> Iterator[Chunk]:
-    """What becomes of rows (at least one), in their order, some hundred at a time; of ``most`` rows, or of all but the first ``skip``.
+def tokenized(rows: Iterator[Located], spec: DatasetSpec, tokenizer: "PreTrainedTokenizerBase", processes: int = 1) -> Iterator[Chunk]:
+    """What becomes of rows (at least one), in their order, some hundred at a time.
 
     Raises:
         UserError: a row is wrong, and ``spec.bad_rows`` says that this is an error; or the template does not suit the tokenizer.
     """
-    renderer = PaperRenderer(tokenizer) if spec.compat == "paper" else load_renderer(spec.template, tokenizer)
     first = next(rows)
-    parser = row_parser(spec, first[1], first[0])
-    work = RowTokenizer(parser, renderer, Encoder.of(tokenizer, renderer), spec, tokenizer.bos_token_id)
-    units = (Unit(n, where, row) for n, (where, row) in enumerate(gather(chain([first], rows), parser)))
-    return map_batches(work, islice(units, skip, most), processes)
+    work = row_tokenizer(first, spec, tokenizer)
+    return map_batches(work, units_of(chain([first], rows), work.parser), processes)
+
+
+def row_tokenizer(first: Located, spec: DatasetSpec, tokenizer: "PreTrainedTokenizerBase") -> RowTokenizer:
+    """What tokenizes the rows of a set, of which ``first`` tells the shape.
+
+    Raises:
+        UserError: no shape that is known, or the template does not suit the tokenizer.
+    """
+    renderer = PaperRenderer(tokenizer) if spec.compat == "paper" else load_renderer(spec.template, tokenizer)
+    return RowTokenizer(row_parser(spec, first[1], first[0]), renderer, Encoder.of(tokenizer, renderer), spec, tokenizer.bos_token_id)
+
+
+def units_of(rows: Iterable[Located], parser: RowParser) -> Iterator[Unit]:
+    """Rows, or the trees that they make up, by number."""
+    return (Unit(number, where, row) for number, (where, row) in enumerate(gather(rows, parser)))
 
 
 def _key(files: Sequence[Path], spec: DatasetSpec, tokenizer: "PreTrainedTokenizerBase") -> str:

@@ -1,5 +1,6 @@
 """One instruction set of a run: its files prepared, and which of its rows are held out."""
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -12,11 +13,12 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from qlora_lightning.data.dataset import DataReport, Numbers, TokenizedDataset, report_on
-from qlora_lightning.data.formats import Conversation, RowParser, gather, row_parser
+from qlora_lightning.data.formats import RowParser, row_parser
 from qlora_lightning.data.hub import fetch
-from qlora_lightning.data.prepared import Prepared, prepare, read_files
-from qlora_lightning.data.rows import Row
+from qlora_lightning.data.prepared import Prepared, prepare, read_files, units_of
+from qlora_lightning.data.rows import Conversation
 from qlora_lightning.data.spec import DatasetSpec, MixPart
+from qlora_lightning.data.tokenize import Unit
 from qlora_lightning.errors import UserError
 
 Part = tuple[TokenizedDataset, DataReport]
@@ -24,72 +26,107 @@ _PAPER_SEED = 42  # artidoro/qlora: train_test_split(test_size=..., shuffle=True
 _STYLE = ("template", "system_prompt", "train_on_source", "compat", "max_length", "truncation", "source_max_length", "target_max_length")
 
 
-class InstructionSet:
-    """Files are read, and tokenized or found in the cache, when they are first asked for.
+class RowSet(ABC):
+    """A set whose rows are read, in training and held-out ones.
 
     Args:
         spec: the set.
         tokenizer: of the base model.
-        processes: how many tokenize.
         seed: of the choice of held-out rows.
         weight: how often an epoch goes through the set.
     """
 
-    def __init__(self, spec: DatasetSpec, tokenizer: PreTrainedTokenizerFast, processes: int, seed: int, weight: float = 1.0) -> None:
+    def __init__(self, spec: DatasetSpec, tokenizer: PreTrainedTokenizerFast, seed: int, weight: float = 1.0) -> None:
         self.spec, self.weight = spec, weight
-        self._tokenizer, self._processes, self._seed = tokenizer, processes, seed
-
-    @cached_property
-    def training(self) -> Part:
-        """The rows to train on."""
-        rows = np.arange(self._prepared.rows)
-        return self._prepared.part(np.setdiff1d(rows, self._held))
+        self._tokenizer, self._seed = tokenizer, seed
 
     @property
+    @abstractmethod
     def everything(self) -> Part:
         """All rows of the training files, those held out of them too."""
-        return self._prepared.part(np.arange(self._prepared.rows))
-
-    @cached_property
-    def validation(self) -> Part | None:
-        """The held-out rows; None where there are none, or none of those drawn can be used."""
-        if self._local[1]:
-            prepared = prepare(self._local[1], self.spec, self._tokenizer, self._processes)
-            return prepared.part(np.arange(prepared.rows))
-        if not self.spec.validation_size or not len(self._prepared.examples.of_rows(self._held)):
-            return None
-        return self._prepared.part(self._held)
 
     @property
+    @abstractmethod
+    def training(self) -> Part:
+        """The rows to train on."""
+
+    @property
+    @abstractmethod
+    def validation(self) -> Part | None:
+        """The held-out rows; None where there are none, or none of those drawn can be used."""
+
+    @property
+    @abstractmethod
     def bad(self) -> list[str]:
         """The errors of rows of the training files that were skipped because they are wrong; the first hundred."""
-        return self._prepared.bad
 
     def heldout_conversations(self) -> Iterator[Conversation]:
         """The usable held-out conversations up to their last answer, in the order of the rows, which are read anew."""
-        if not self._sources[1] and not self.spec.validation_size:
+        training, validation = self._sources
+        if not validation and not self.spec.validation_size:
             return
         spec = replace(self.spec, compat="fixed")  # the authors' pairs are no conversations
-        training, validation = self._sources
         rows = read_files(validation or training, spec)
         first = next(rows)
         parser = row_parser(spec, first[1], first[0])
         held = None if validation else set(self._held.tolist())
-        for number, (where, row) in enumerate(gather(chain([first], rows), parser)):
-            if held is None or number in held:
-                yield from map(_to_last_answer, self._usable(parser, row, where))
+        for unit in units_of(chain([first], rows), parser):
+            if held is None or unit.number in held:
+                yield from map(_to_last_answer, self._usable(parser, unit))
 
-    def _usable(self, parser: RowParser, row: Row, where: str) -> list[Conversation]:
+    def _usable(self, parser: RowParser, unit: Unit) -> list[Conversation]:
         try:
-            return parser(row, where)[0]
+            return parser(unit.row, unit.where)[0]
         except UserError:
             if self.spec.bad_rows == "error":
                 raise
             return []
 
     @property
+    @abstractmethod
     def _sources(self) -> tuple[Sequence[str | Path], Sequence[str | Path]]:
         """What the rows are read from, for training and validation."""
+
+    @property
+    @abstractmethod
+    def _held(self) -> Numbers:
+        """Numbers of the rows that are held out of the training files; none where validation has files of its own."""
+
+
+class InstructionSet(RowSet):
+    """A set that is tokenized whole, or found in the cache, when it is first asked for.
+
+    Args:
+        processes: how many tokenize.
+    """
+
+    def __init__(self, spec: DatasetSpec, tokenizer: PreTrainedTokenizerFast, processes: int, seed: int, weight: float = 1.0) -> None:
+        super().__init__(spec, tokenizer, seed, weight)
+        self._processes = processes
+
+    @cached_property
+    def everything(self) -> Part:
+        return self._prepared.whole()
+
+    @cached_property
+    def training(self) -> Part:
+        rows = np.arange(self._prepared.rows)
+        return self._prepared.part(np.setdiff1d(rows, self._held))
+
+    @cached_property
+    def validation(self) -> Part | None:
+        if self._local[1]:
+            return prepare(self._local[1], self.spec, self._tokenizer, self._processes).whole()
+        if not self.spec.validation_size or not len(self._prepared.examples.of_rows(self._held)):
+            return None
+        return self._prepared.part(self._held)
+
+    @property
+    def bad(self) -> list[str]:
+        return self._prepared.bad
+
+    @property
+    def _sources(self) -> tuple[Sequence[str | Path], Sequence[str | Path]]:
         return self._local
 
     @cached_property

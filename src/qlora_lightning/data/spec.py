@@ -50,7 +50,7 @@ class DatasetSpec:
     """
 
     name: str = ""
-    """What reports and logs call this set; the file's own name where it is empty."""
+    """What reports and logs call this set. Empty: the local file's name, or the hub id."""
     path: DataPath | None = None
     """A local file of rows: .json, .jsonl, .csv, .tsv (each also as .gz), .parquet, .arrow, a .zip of them, or a folder of them. Takes the
     place of the hub's file where both are given. Relative to the YAML that names it; on the command line to the working folder."""
@@ -78,7 +78,7 @@ class DatasetSpec:
     ``<|endoftext|>``. unnatural: an instruction with its instances. chip2: one text with ``<human>:`` and ``<bot>:``."""
     bad_rows: Literal["error", "skip"] = "error"
     """A row that is wrong (a missing field, an unknown role, two turns of one side in a row, ...): error ends the command with a line
-    that names the row, skip leaves it out and counts it."""
+    that names the row, skip leaves it out and counts it. A file that is broken as such (its JSON, its CSV) always ends it."""
     compat: Literal["fixed", "paper"] = "fixed"
     """paper: what the QLoRA authors' code made of the rows, flaws included (docs/data_sets.md lists them), with ``template`` only naming
     how to prompt the result, and of the limits only those of source and target. fixed: one rendering, exact masks, every answer with its
@@ -115,6 +115,10 @@ class DatasetSpec:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UserError(f"data.dataset.{name} must be a positive number, got {value}; use null for no limit")
+        if self.compat == "paper" and self.system_prompt is not None:
+            raise UserError(
+                f"data.dataset.compat paper sets no system prompt, got {self.system_prompt!r}; leave system_prompt out or set compat: fixed"
+            )
         size = self.validation_size
         if size < 0 or (size >= 1 and size != int(size)):
             raise UserError(
@@ -131,15 +135,10 @@ class DatasetSpec:
             raise UserError(
                 f"data.dataset.hub_file must name the file to read from the hub data set {self.hub_id}, got none; see its file list"
             )
-        if self.reads_hub and not self.revision:
+        if self.path is None and not self.revision:
             raise UserError(
                 f"data.dataset.revision must pin the commit of the hub data set {self.hub_id}, got none; its history on the hub lists them"
             )
-
-    @property
-    def reads_hub(self) -> bool:
-        """Whether any file of this set comes from the hub."""
-        return self.path is None
 
 
 @dataclass

@@ -214,12 +214,23 @@ class StepDataset:
         return microbatch, [[self._dataset[index] for index in row] for row in microbatch.rows]
 
 
-class StepLoader(DataLoader[Any]):
-    """A loader of planned steps that Lightning knows to be resumable. Each ``iter()`` gives the sampler's next epoch.
+class ResumableLoader(DataLoader[Any]):
+    """A loader that Lightning knows to be resumable.
 
     It keeps no state: how far it has fetched runs ahead of training. Where to go on follows from the trainer's global step, for which the
-    data module builds the sampler anew.
+    data module builds the loader anew.
     """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: see the class."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing: see the class."""
+
+
+class StepLoader(ResumableLoader):
+    """A loader of planned steps. Each ``iter()`` gives the sampler's next epoch."""
 
     def __init__(self, dataset: StepDataset, sampler: StepSampler, **options: Any) -> None:
         """``options`` as for ``DataLoader``."""
@@ -230,13 +241,6 @@ class StepLoader(DataLoader[Any]):
         iterator = super().__iter__()  # has planned its epoch
         self._steps.advance()
         return iterator
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing: see the class."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing: see the class."""
 
 
 def check_division(global_batch_size: int, accumulate: int, ranks: int = 1) -> None:

@@ -1,29 +1,41 @@
 """Training on rows as they stream in, for sets larger than the disk: whole optimizer steps without a plan of the epoch.
 
-The order is that of the files, loosened by a shuffle buffer, and depends on the seed alone. The stream begins again when it ends, so that
-every step is full. A resumed run reads the stream from its beginning and passes over the examples of the steps that it has taken.
+The order is that of the files, loosened by a shuffle buffer, and depends on the seed alone. The stream begins again when it ends, and a
+step may lie across the border, so that every step is full. A resumed run reads the stream from its beginning and passes over the examples
+of the steps that it has taken.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from itertools import islice
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import IterableDataset
 
 from qlora_lightning.console import say
 from qlora_lightning.data.dataset import Numbers, TokenizedDataset, TokenizedExample
 from qlora_lightning.data.hub import stream_sources
-from qlora_lightning.data.prepared import Prepared, read_files, tokenized, tokenizer_identity
-from qlora_lightning.data.sets import InstructionSet, Part
+from qlora_lightning.data.packing import check_pack_length
+from qlora_lightning.data.prepared import Prepared, read_files, row_tokenizer, tokenizer_identity, units_of
+from qlora_lightning.data.sets import Part, RowSet
 from qlora_lightning.data.steps import Microbatch, StepShape, microbatches_of
-from qlora_lightning.data.tokenize import Chunk
+from qlora_lightning.data.tokenize import Chunk, RowTokenizer
+from qlora_lightning.data.workers import map_batches
 from qlora_lightning.errors import UserError
 
 BUFFER = 10_000
 """Examples among which the next one is drawn."""
+BEGINNING = 1000
+"""Rows of a stream to look at."""
+
+
+class _Streamed(NamedTuple):
+    """An example, and how many of its tokens are predicted."""
+
+    example: TokenizedExample
+    targets: int
 
 
 class StreamedSteps(IterableDataset[tuple[Microbatch, list[list[TokenizedExample]]]]):
@@ -47,64 +59,83 @@ class StreamedSteps(IterableDataset[tuple[Microbatch, list[list[TokenizedExample
         while True:
             yield from self._step(list(islice(examples, size)))
 
-    def _step(self, examples: list[TokenizedExample]) -> Iterator[tuple[Microbatch, list[list[TokenizedExample]]]]:
-        shape = self._shape
-        lengths = np.array([len(example.input_ids) for example in examples])
-        targets = np.array([np.count_nonzero(example.labels[1:] >= 0) for example in examples])
-        if shape.pack_length is not None and lengths.max() > shape.pack_length:
-            raise UserError(
-                f"data.pack_length must hold the longest example, got {shape.pack_length} for one of {lengths.max()} tokens; "
-                "raise it, or set data.dataset.max_length"
-            )
-        for microbatch in microbatches_of(range(len(examples)), lengths, targets, shape):
-            yield microbatch, [[examples[index] for index in row] for row in microbatch.rows]
+    def _step(self, examples: list[_Streamed]) -> Iterator[tuple[Microbatch, list[list[TokenizedExample]]]]:
+        lengths = np.array([len(one.example.input_ids) for one in examples])
+        targets = np.array([one.targets for one in examples])
+        if self._shape.pack_length is not None:
+            check_pack_length(self._shape.pack_length, int(lengths.max()))
+        for microbatch in microbatches_of(range(len(examples)), lengths, targets, self._shape):
+            yield microbatch, [[examples[index].example for index in row] for row in microbatch.rows]
 
-    def _shuffled(self) -> Iterator[TokenizedExample]:
-        """Each example of the stream, at most about ``BUFFER`` places late."""
+    def _shuffled(self) -> Iterator[_Streamed]:
+        """Pass after pass, each example once in each, ``BUFFER`` places late on average."""
         generator = np.random.default_rng([self._seed, 0, 2])
-        buffer: list[TokenizedExample] = []
-        for example in self._endless():
-            if len(buffer) < BUFFER:
-                buffer.append(example)
-                continue
-            place = int(generator.integers(BUFFER))
-            buffer[place], chosen = example, buffer[place]
-            yield chosen
-
-    def _endless(self) -> Iterator[TokenizedExample]:
         while True:
-            found = False
-            for chunk in self._read():
-                examples = TokenizedDataset.from_batches([chunk.batch], "")
-                found = found or len(examples) > 0
-                yield from (examples[index] for index in range(len(examples)))
-            if not found:
+            buffer: list[_Streamed] = []
+            for one in self._pass():
+                if len(buffer) < BUFFER:
+                    buffer.append(one)
+                    continue
+                place = int(generator.integers(BUFFER))
+                yield buffer[place]
+                buffer[place] = one
+            if not buffer:
                 raise UserError("no row of the stream is left to use; correct the rows or the limits in data.dataset")
+            yield from (buffer[place] for place in generator.permutation(len(buffer)))
+
+    def _pass(self) -> Iterator[_Streamed]:
+        for chunk in self._read():
+            examples = TokenizedDataset.from_batches([chunk.batch], "")
+            yield from (_Streamed(examples[index], int(examples.targets[index])) for index in range(len(examples)))
 
 
-class StreamedSet(InstructionSet):
+class StreamedSet(RowSet):
     """A set of which nothing is prepared. Its first ``validation_size`` rows are held out where no validation file is given."""
 
     def chunks(self) -> Iterator[Chunk]:
         """One pass over the training rows."""
-        return tokenized(read_files(self._sources[0], self.spec), self.spec, self._tokenizer, skip=len(self._held))
+        return self._tokenized(self._sources[0], skip=len(self._held))
+
+    @cached_property
+    def everything(self) -> Part:
+        """The beginning of it, to look at: nobody wants to wait for the end of a stream."""
+        return self._part(self._tokenized(self._sources[0], most=len(self._held) + BEGINNING))
+
+    @cached_property
+    def training(self) -> Part:
+        """The beginning of it, to look at."""
+        return self._part(self._tokenized(self._sources[0], skip=len(self._held), most=len(self._held) + BEGINNING))
 
     @cached_property
     def validation(self) -> Part | None:
         """The held-out rows, tokenized now and kept in memory."""
         given = self._sources[1]
-        if not given and not len(self._held):
-            return None
-        most = None if given else len(self._held)
-        chunks = list(tokenized(read_files(given or self._sources[0], self.spec), self.spec, self._tokenizer, most=most))
-        skipped = [found for chunk in chunks for found in chunk.skipped]
-        examples = TokenizedDataset.from_batches([chunk.batch for chunk in chunks], "")
-        rows = sum(chunk.rows for chunk in chunks)
-        return Prepared(examples, rows, skipped, []).part(np.arange(rows))
+        if given:
+            return self._part(self._tokenized(given))
+        return self._part(self._tokenized(self._sources[0], most=len(self._held))) if len(self._held) else None
+
+    @property
+    def bad(self) -> list[str]:
+        """As far as ``everything`` goes."""
+        return [line for chunk in self._tokenized(self._sources[0], most=len(self._held) + BEGINNING) for line in chunk.bad]
 
     def fingerprint(self) -> str:
         """A hash (hex) of what the stream is made of, short of reading it: places, specification and tokenizer."""
         return hashlib.sha256(repr((self._sources, self.spec, tokenizer_identity(self._tokenizer))).encode()).hexdigest()
+
+    def _tokenized(self, sources: Sequence[str], skip: int = 0, most: int | None = None) -> Iterator[Chunk]:
+        return map_batches(self._work, islice(units_of(read_files(sources, self.spec), self._work.parser), skip, most), processes=1)
+
+    def _part(self, chunks: Iterator[Chunk]) -> Part:
+        found = list(chunks)
+        examples = TokenizedDataset.from_batches([chunk.batch for chunk in found], "")
+        rows = sum(chunk.rows for chunk in found)
+        skipped = [row for chunk in found for row in chunk.skipped]
+        return Prepared(examples, rows, skipped, []).whole()
+
+    @cached_property
+    def _work(self) -> RowTokenizer:
+        return row_tokenizer(next(read_files(self._sources[0], self.spec)), self.spec, self._tokenizer)
 
     @cached_property
     def _sources(self) -> tuple[list[str], list[str]]:
@@ -114,16 +145,7 @@ class StreamedSet(InstructionSet):
     def _held(self) -> Numbers:
         size = self.spec.validation_size
         if 0 < size < 1 and not self._sources[1]:
-            raise UserError(f"data.dataset.validation_size must be a number of rows where data.streaming is true, got {size}")
+            raise UserError(
+                f"data.dataset.validation_size must be a number of rows where data.streaming is true, got {size}; name how many to hold out"
+            )
         return np.arange(0 if self._sources[1] else int(size))
-
-
-class StreamLoader(DataLoader[Any]):
-    """A loader of streamed steps that Lightning knows to be resumable: where to go on follows from the trainer's global step."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing: see the class."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing: see the class."""

@@ -7,8 +7,8 @@ from torch.utils.data import DataLoader
 
 from qlora_lightning.data.collate import Collator
 from qlora_lightning.data.dataset import TokenizedDataset
-from qlora_lightning.data.steps import StepDataset, StepLoader, StepSampler, StepShape, epoch_size, own_generator
-from qlora_lightning.data.stream import StreamedSet, StreamedSteps, StreamLoader
+from qlora_lightning.data.steps import ResumableLoader, StepDataset, StepLoader, StepSampler, StepShape, epoch_size, own_generator
+from qlora_lightning.data.stream import StreamedSet, StreamedSteps
 from qlora_lightning.errors import UserError
 
 
@@ -88,10 +88,8 @@ class StreamedTraining:
 
     def __init__(self, streamed: StreamedSet, shape: StepShape, seed: int, max_steps: int, limit: int | float | None) -> None:
         if max_steps <= 0 or limit not in (None, 1.0):
-            raise UserError(
-                "data.streaming has no epochs: trainer.max_steps must say how long to train and trainer.limit_train_batches be unset, "
-                f"got {max_steps} and {limit}"
-            )
+            leave_out = "" if limit in (None, 1.0) else f" and leave out trainer.limit_train_batches {limit}"
+            raise UserError(f"data.streaming has no epochs that could say when to end; set --trainer.max_steps N{leave_out}")
         self._streamed, self._shape, self._seed, self._max_steps = streamed, shape, seed, max_steps
 
     @property
@@ -103,7 +101,7 @@ class StreamedTraining:
         return self._max_steps * self._shape.microbatches
 
     def loader(self, step: int, collator: Collator, num_workers: int) -> DataLoader[Any]:
-        return StreamLoader(
+        return ResumableLoader(
             StreamedSteps(self._streamed.chunks, self._shape, self._seed, step),
             batch_size=None,
             collate_fn=collator.train,  # type: ignore[arg-type]  # of single items, as there is no batch size
