@@ -216,16 +216,16 @@ def test_strict_fails_on_a_template_that_doubles_bos(inspect: Inspect, other_bas
     assert_fails(inspect("--strict", base=other_base, template="tokenizer"), "examples that open with two BOS: 4")
 
 
-def test_strict_fails_on_tokens_across_the_border(inspect: Inspect, other_base: Path) -> None:
-    """``io`` is one token, so that "hi" and "ok" with nothing between share it."""
+def test_a_token_across_the_border_is_cut_there(inspect: Inspect, other_base: Path) -> None:
+    """``io`` is one token, which "hi" and "ok" with nothing between would share."""
     file = other_base / "tokenizer.json"
     tokenizer = json.loads(file.read_text())
     tokenizer["model"]["vocab"]["io"] = 300
     tokenizer["model"]["merges"] = [["i", "o"]]
     file.write_text(json.dumps(tokenizer))
     result = inspect("--strict", base=other_base, template="plain", rows=[ROWS[0], SHORT])
-    assert_fails(result, "boundary tokens (they begin before an answer and end in it): 1")
-    assert "row 1: 5 tokens, 2 supervised (boundary token)\n<s>hio⟦k</s>⟧\n" in result.out
+    assert result.code == 0
+    assert "row 1: 6 tokens, 3 supervised\n<s>hi⟦ok</s>⟧\n" in result.out
 
 
 def test_without_strict_the_same_is_a_warning(inspect: Inspect) -> None:

@@ -59,12 +59,22 @@ def test_sentencepiece_tokens_are_those_of_inference(sentencepiece_tokenizer: Pr
     assert str(sentencepiece_tokenizer.convert_ids_to_tokens(int(labels[len(prompt)]))).startswith("▁T")
 
 
-def test_a_token_that_begins_in_the_prompt_is_counted_and_not_trained_on(
-    merging_tokenizer: PreTrainedTokenizerFast, make_spec: SpecMaker
-) -> None:
+def test_no_token_joins_a_prompt_to_its_answer(merging_tokenizer: PreTrainedTokenizerFast, make_spec: SpecMaker) -> None:
+    """``" river"`` is one token; at inference the prompt ends before the model can write it."""
+    assert len(merging_tokenizer(" river", add_special_tokens=False)["input_ids"]) == 1
     dataset, report = prepare_rows(located(turns("The ri", "ver is")), make_spec(template="plain"), merging_tokenizer)
-    assert report.straddling_tokens == 1
-    assert supervised(merging_tokenizer, dataset[0]) == " is</s>"
+    ids, _labels = dataset[0]
+    prompt = merging_tokenizer("The ri", add_special_tokens=False)["input_ids"]
+    assert ids[1 : 1 + len(prompt)].tolist() == prompt
+    assert supervised(merging_tokenizer, dataset[0]) == "ver is</s>"
+    assert (report.straddling_tokens, report.respelled) == (0, 0)
+
+
+def test_the_name_of_the_unknown_token_is_text(tiny_tokenizer: PreTrainedTokenizerFast, make_spec: SpecMaker) -> None:
+    dataset, report = prepare_rows(located(turns("what is <unk>?", "<unk> is a token")), make_spec(), tiny_tokenizer)
+    assert np.sum(dataset[0].input_ids == tiny_tokenizer.unk_token_id) == 0
+    assert supervised(tiny_tokenizer, dataset[0]) == "<unk> is a token<|im_end|>"
+    assert report.respelled == 1
 
 
 def test_a_control_token_in_a_message_stays_text(tiny_tokenizer: PreTrainedTokenizerFast, make_spec: SpecMaker) -> None:

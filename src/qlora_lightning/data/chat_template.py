@@ -51,7 +51,7 @@ class ChatTemplateRenderer:
             )
         self._tokenizer = tokenizer
         self._skeletons: dict[Roles, _Skeleton] = {}
-        self._prompts: dict[Roles, list[str]] = {}
+        self._prompts: dict[Roles, _Skeleton] = {}
         tokens = (*special_tokens(tokenizer), tokenizer.bos_token, tokenizer.eos_token)
         self.control = tuple(dict.fromkeys(token for token in tokens if token))
         answer = self._skeleton(("user", "assistant"))
@@ -66,7 +66,8 @@ class ChatTemplateRenderer:
     def prompt(self, conversation: Conversation) -> Rendering:
         asked = conversation[:-1] if conversation and conversation[-1].role == "assistant" else conversation
         text = self._apply(_plain(asked), add_generation_prompt=True)
-        rendering = self._fill(asked, self._prompt(tuple(message.role for message in asked)), {}, text)
+        skeleton = self._prompt(tuple(message.role for message in asked))
+        rendering = self._fill(asked, skeleton.literals, skeleton.answers, text)
         if rendering is None:
             raise UserError("the tokenizer's chat template changes what a message says; use another --template")
         return rendering
@@ -97,19 +98,20 @@ class ChatTemplateRenderer:
 
     def _skeleton(self, roles: Roles) -> _Skeleton:
         if roles not in self._skeletons:
-            literals = self._literals(roles, add_generation_prompt=False)
-            answers = {n: self._answer(roles, n, literals) for n, role in enumerate(roles) if role == "assistant"}
-            self._skeletons[roles] = _Skeleton(literals, answers)
+            self._skeletons[roles] = self._with_answers(roles, self._literals(roles, add_generation_prompt=False))
         return self._skeletons[roles]
 
-    def _prompt(self, roles: Roles) -> list[str]:
+    def _prompt(self, roles: Roles) -> _Skeleton:
         if roles not in self._prompts:
-            self._prompts[roles] = self._literals(roles, add_generation_prompt=True)
+            self._prompts[roles] = self._with_answers(roles, self._literals(roles, add_generation_prompt=True))
         return self._prompts[roles]
+
+    def _with_answers(self, roles: Roles, literals: list[str]) -> _Skeleton:
+        return _Skeleton(literals, {n: self._answer(roles, n, literals) for n, role in enumerate(roles) if role == "assistant"})
 
     def _answer(self, roles: Roles, number: int, literals: list[str]) -> _Answer:
         """What the template writes before an answer beyond the prompt at inference, the model must write itself: it is trained on."""
-        asked = self._prompt(roles[:number])
+        asked = self._prompt(roles[:number]).literals
         before = literals[number]
         if asked[:-1] != literals[:number] or not before.startswith(asked[-1]):
             raise UserError(
