@@ -56,6 +56,34 @@ def test_half_a_name_is_a_misspelt_one(complaint: Callable[..., str]) -> None:
     assert complaint("--data.dataset.templat", "alpaca") == "unknown option data.dataset.templat; did you mean data.dataset.template?"
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "line"),
+    [
+        (
+            "--data.dataset",
+            "alpca",
+            "a data set is a YAML file or a shipped name, and 'alpca' is neither; did you mean alpaca?",
+        ),
+        ("--data.mix", '[{"dataset": {"path": "x.jsonl"}, "weight": 0}]', "data.mix.weight must be above 0 and below 1000, got 0"),
+        ("--data.mix", '[{"dataset": {"path": "x.jsonl"}, "weight": .nan}]', "data.mix.weight must be above 0 and below 1000, got nan"),
+        ("--data.dataset.validation_size", ".inf", "data.dataset.validation_size must be a number of rows or a fraction below 1, got inf"),
+        ("--data.seed", "99999999999999999999", "data.seed must be below 2**63, got 99999999999999999999"),
+        ("--data.dataset.template", "gemmma", "data.dataset.template must be one of alpaca, "),
+        ("--data.streaming", "true", "data.streaming has no epochs that could say when to end; set --trainer.max_steps N"),
+    ],
+)
+def test_a_value_that_cannot_work_names_its_option(complaint: Callable[..., str], option: str, value: str, line: str) -> None:
+    assert line in complaint(option, value)
+
+
+def test_a_bad_row_of_a_stream_read_by_a_loaders_process(complaint: Callable[..., str], tmp_path: Path) -> None:
+    rows = [{"instruction": f"{n}", "output": "a"} for n in range(12)] + [{"instruction": "q"}]
+    file = write(tmp_path / "r.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    streamed = ("--data.streaming", "true", "--trainer.max_steps", "9", "--trainer.max_epochs", "-1", "--data.num_workers", "1")
+    line = complaint(*streamed, rows=file)
+    assert line.startswith(f"{file}:13: the row needs a field 'output', found instruction")
+
+
 def test_unknown_key_in_a_recipe_names_the_nearest(complaint: Callable[..., str], tmp_path: Path) -> None:
     recipe = write(tmp_path / "r.yaml", "model:\n  lora: {rank: 3}\n")
     assert complaint("--config", str(recipe)).startswith("unknown option model.lora.rank; did you mean model.lora.")

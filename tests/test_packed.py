@@ -1,12 +1,12 @@
 """Packing changes no gradient: the sequences of a packed row are as far from each other as in rows of their own."""
 
-from contextlib import nullcontext
+import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from running import base_options
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -22,6 +22,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from qlora_lightning.cli import main
 from qlora_lightning.data.collate import Batch, Collator
 from qlora_lightning.data.dataset import IGNORED, TokenizedExample
 from qlora_lightning.data.steps import StepDataset, StepSampler, StepShape
@@ -189,9 +190,17 @@ def test_the_test_leaves_no_trace(four_bit: QLoRAModule, training: bool) -> None
     assert torch.equal(step_of(four_bit, batches(1, 96)[:1])[1], before)
 
 
-@pytest.mark.parametrize("packing", [True, False])
-def test_a_fit_begins_with_the_test_where_packing_is_on(packing: bool) -> None:
-    module = wrap(build(MIXING["bloom"]))
-    module._trainer = SimpleNamespace(datamodule=SimpleNamespace(packing=packing))
-    with pytest.raises(UserError, match="tiny mixes them") if packing else nullcontext():
-        module.on_fit_start()
+def test_a_fit_that_packing_would_spoil_costs_an_earlier_run_nothing(
+    tiny_base: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tmp_path / "bloom"
+    build(MIXING["bloom"]).save_pretrained(base)
+    for file in tiny_base.glob("tokenizer*"):
+        shutil.copy(file, base)
+    root = tmp_path / "run"
+    options = [*base_options(base, rows_file, root), "--model.lora.target_modules", "[query_key_value]", "--trainer.max_steps", "1"]
+    assert main(["fit", *options]) == 0
+    left = sorted(path.name for path in root.rglob("*"))
+    assert main(["fit", *options, "--data.packing", "true", "--overwrite"]) == 2
+    assert "mixes them" in capsys.readouterr().err
+    assert sorted(path.name for path in root.rglob("*")) == left

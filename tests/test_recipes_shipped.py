@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pytest
 import yaml
 
-from qlora_lightning.lightning_cli import QLoRACLI
+from qlora_lightning.lightning_cli import QLoRACLI, resolve_names
 from qlora_lightning.recipes import shared_defaults, shipped_root
 from qlora_lightning.run_folder import run_folder
 
@@ -157,6 +157,22 @@ def test_command_line_wins_over_recipe_and_recipe_over_defaults(tmp_path: Path) 
     assert config.trainer.strategy.init_args.paged_optimizer is False
     assert config.trainer.strategy.init_args.gradient_checkpointing == "full"
     assert config.data.dataset.path == str(tmp_path / "x.jsonl")
+
+
+def test_a_named_set_takes_the_place_of_the_recipes(tmp_path: Path) -> None:
+    """Merged, the rows would be those of one set and the template and the limits those of the other."""
+    own = tmp_path / "own.yaml"
+    own.write_text("path: rows.jsonl\ntemplate: guanaco\n")
+    recipe = str(shipped_root() / "recipes" / "alpaca-7b.yaml")
+    second = tmp_path / "second.yaml"
+    second.write_text("data: {dataset: own.yaml}\n")
+    for options in (["--data.dataset", str(own)], [f"--data.dataset={own}"], ["--config", str(second)]):
+        _, *resolved = resolve_names(["fit", "--config", recipe, *options])
+        dataset = parse(*resolved).data.dataset
+        assert (dataset.name, dataset.hub_id, dataset.template) == ("", None, "guanaco")
+        assert (dataset.source_max_length, dataset.target_max_length, dataset.validation_size) == (None, None, 0)
+    _, *resolved = resolve_names(["fit", "--config", recipe, "--data.dataset.template", "guanaco"])
+    assert parse(*resolved).data.dataset.target_max_length == 128  # a field alone changes that field
 
 
 def test_defaults_of_the_working_folder_come_before_the_shipped_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,10 +106,11 @@ def test_overwrite_deletes_nothing_until_the_new_run_begins(fit: Callable[..., P
         "model.base_model=./none",
         "model.lora.target_modules=[nothing]",
         f"ckpt_path={root}/checkpoints/last",
+        "data.streaming=true data.dataset.max_length=5",
     )
     for broken in mistakes:
         with pytest.raises(AssertionError):
-            fit("trainer.max_steps=1", "overwrite=true", broken)
+            fit("trainer.max_steps=1", "overwrite=true", *broken.split())
         assert sorted(path.name for path in root.rglob("*")) == kept
     assert "--overwrite would delete the run" in capsys.readouterr().err
 

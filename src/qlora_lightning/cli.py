@@ -106,7 +106,8 @@ def _load(path: str) -> Callable[..., Any]:
 def user_line(error: BaseException) -> str | None:
     """One line for an error that a user can mend, None for a defect of ours."""
     if isinstance(error, UserError):
-        return " ".join(str(error).split())
+        # from a loader's process an error comes with that process's traceback, the error's own line at its end
+        return " ".join(str(error).rpartition("qlora_lightning.errors.UserError: ")[2].split())
     torch = sys.modules.get("torch")  # an error of torch's cannot come from where it was never imported
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return (

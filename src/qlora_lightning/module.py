@@ -106,7 +106,15 @@ class QLoRAModule(LightningModule):
         if self.initial_adapter is not None:
             load_adapter(model, self.initial_adapter, self.base_fingerprint)
         self.model = model.train()
+        self._check_packing()
         console.print(ledger_table(ledger(self.model)))
+
+    def _check_packing(self) -> None:
+        """Refuse a model that would mix the sequences of a packed row: here, before an earlier run is given up for this one."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        if self.trainer.state.fn == "fit" and data.packing:
+            with self.autocast():
+                check_packing(self.model, self.base_model)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW over the adapter, as the strategy's memory policy allows, and its schedule by optimizer steps."""
@@ -116,13 +124,6 @@ class QLoRAModule(LightningModule):
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         schedule = build_schedule(optimizer, self.optimizer, data.total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def on_fit_start(self) -> None:
-        """Refuse a model that would mix the sequences of a packed row."""
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        if data.packing:
-            with self.autocast():
-                check_packing(self.model, self.base_model)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context in which the model computes; fp32 adapter weights are used in the compute dtype inside it."""

@@ -296,7 +296,7 @@ def test_another_weight_is_other_data_for_a_resumed_run(make_data: DataMaker, ot
 
 
 def test_a_weight_must_be_positive(other_set: DatasetSpec) -> None:
-    with pytest.raises(UserError, match=r"data\.mix\.weight must be above 0, got 0"):
+    with pytest.raises(UserError, match=r"data\.mix\.weight must be above 0 and below 1000, got 0"):
         MixPart(other_set, 0)
 
 

@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from qlora_lightning.data import files
-from qlora_lightning.data.files import place, read_lines, read_rows
+from qlora_lightning.data.files import data_files, place, read_lines, read_rows
 from qlora_lightning.errors import UserError
 
 ROWS = [{"prompt": "Größe?", "response": "zwei\nZeilen, mit Komma"}, {"prompt": "b", "response": '"q"'}]
@@ -258,3 +258,27 @@ def test_lines_of_text_without_blank_ones(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("\n \n")
     with pytest.raises(UserError, match=r"p\.txt: the file has no lines; give one with at least one line"):
         list(read_lines(tmp_path / "p.txt"))
+
+
+def test_a_folder_is_read_through_links_and_a_link_back_is_no_endless_way(tmp_path: Path) -> None:
+    elsewhere, folder = tmp_path / "elsewhere", tmp_path / "folder"
+    for made in (elsewhere, folder):
+        made.mkdir()
+        (made / "r.jsonl").write_text(json.dumps({"prompt": made.name}) + "\n")
+    (folder / "linked").symlink_to(elsewhere)
+    (folder / "back").symlink_to(folder)
+    assert [row["prompt"] for _, row in read_rows(folder)] == ["elsewhere", "folder"]
+    assert [file.relative_to(folder).as_posix() for file in data_files(folder)] == ["linked/r.jsonl", "r.jsonl"]
+
+
+def test_a_time_that_python_cannot_tell_is_one_line(tmp_path: Path) -> None:
+    times = pyarrow.array([2**58], pyarrow.timestamp("ms"))
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["q"], "when": times}), tmp_path / "r.parquet")
+    with pytest.raises(UserError, match=r"r\.parquet: cannot be read \(.*\); check the file"):
+        list(read_rows(tmp_path / "r.parquet"))
+
+
+def test_json_lines_under_the_name_of_a_list_are_told_the_right_ending(tmp_path: Path) -> None:
+    (tmp_path / "r.json").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    with pytest.raises(UserError, match=r"must be one list of rows, got dict; use \.jsonl for one row a line"):
+        list(read_rows(tmp_path / "r.json"))

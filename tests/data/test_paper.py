@@ -47,7 +47,7 @@ REWORDED = {"instruction": "act", "instruction_with_input": "act with x", "input
 )
 def test_a_row_becomes_the_authors_pairs(make_spec: SpecMaker, shape: str, row: dict[str, Any], pairs: list[tuple[str, str]]) -> None:
     """A system prompt is not theirs, and is not set; empty answers are kept."""
-    parser = row_parser(make_spec(compat="paper", system_prompt="ours"), row, "f:1")
+    parser = row_parser(make_spec(compat="paper"), row, "f:1")
     assert parser.format == shape
     assert parser(row, "f:1") == ([[Message("user", source), Message("assistant", target)] for source, target in pairs], [])
 

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from time import sleep
 from typing import Any
@@ -499,3 +500,53 @@ def test_progress_is_a_line_now_and_then_elsewhere(monkeypatch: pytest.MonkeyPat
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "Tokenizing rows: 200 of 400 rows, 4 rows/s"
     assert len(lines) == 2
+
+
+# What goes wrong afterwards
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}", b"[]", b"\xff\xfe", b'{"rows": 1'])
+def test_a_damaged_set_is_made_anew(made: Callable[..., Prepared], cache: Path, tokenizations: list[int], damage: bytes) -> None:
+    whole = made(*ROWS)
+    (folder,) = sets_in(cache)
+    (cache / folder / "report.json").write_bytes(damage)
+    assert made(*ROWS).examples.fingerprint() == whole.examples.fingerprint()
+    (cache / folder / "examples.arrow").write_bytes(b"ARROW1")
+    assert made(*ROWS).rows == whole.rows
+    assert len(tokenizations) == 3
+
+
+def test_another_layout_of_a_folder_is_another_set(
+    make_spec: SpecMaker, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, rows_at: Callable[..., Path]
+) -> None:
+    """The order of the files is the order of the rows; a file that was hidden and is no more brings rows."""
+    folder = tmp_path / "set"
+    for name, text in (("a", "one"), (".b", "two")):
+        (folder / name).mkdir(parents=True)
+        rows_at([turns("q", text)]).rename(folder / name / "r.jsonl")
+
+    def answers() -> list[str]:
+        examples = prepare([folder], make_spec(), tiny_tokenizer, 1).examples
+        return [str(tiny_tokenizer.decode(labels[labels >= 0].tolist())) for labels in (examples[n].labels for n in range(len(examples)))]
+
+    assert answers() == ["one<|im_end|>"]
+    (folder / ".b").rename(folder / "b")
+    assert answers() == ["one<|im_end|>", "two<|im_end|>"]
+    (folder / "a").rename(folder / "c")
+    assert answers() == ["two<|im_end|>", "one<|im_end|>"]
+
+
+def test_a_process_that_is_killed_is_one_line(
+    rows_at: Callable[..., Path],
+    make_spec: SpecMaker,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(*_: Any) -> Iterator[Chunk]:
+        raise BrokenProcessPool
+
+    monkeypatch.setattr(workers, "_ALONE", 0)
+    monkeypatch.setattr(workers, "_BATCH", 2)
+    monkeypatch.setattr(workers.ProcessPoolExecutor, "submit", broken)
+    with pytest.raises(UserError, match=r"a process that tokenizes was killed, likely for lack of memory; set --data\.num_proc 1"):
+        prepare([rows_at(ROWS)], make_spec(), tiny_tokenizer, 2)

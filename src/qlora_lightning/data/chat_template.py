@@ -8,8 +8,6 @@ from collections.abc import Iterator, Sequence
 from itertools import combinations
 from typing import TYPE_CHECKING, NamedTuple
 
-from jinja2 import TemplateError
-
 from qlora_lightning.data.formats import Conversation
 from qlora_lightning.data.rendering import Rendering, Writer, special_tokens, whole_text
 from qlora_lightning.errors import UserError
@@ -143,7 +141,7 @@ class ChatTemplateRenderer:
             text = self._tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=add_generation_prompt, date_string=_DATE
             )
-        except TemplateError as error:
+        except Exception as error:  # a template is a program of somebody else's
             roles = ", ".join(message["role"] for message in messages)
             raise UserError(
                 f"the tokenizer's chat template refuses the turns {roles} ({error}); leave out the system message or name another template"

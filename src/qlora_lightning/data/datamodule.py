@@ -84,6 +84,8 @@ class InstructionDataModule(LightningDataModule):
         ):
             if value is not None and value < least:
                 raise UserError(f"data.{name} must be at least {least}, got {value}; correct it")
+        if seed >= 2**63:
+            raise UserError(f"data.seed must be below 2**63, got {seed}; correct it")
         self.spec = dataset
         self.base_model = base_model
         self.base_revision = base_revision
@@ -126,6 +128,8 @@ class InstructionDataModule(LightningDataModule):
         if stage in (None, "fit") and not self.streaming and self.train_report is None:
             self.train_set, self.train_report = merged([(one.training, one.weight) for one in self.sets])
             self._check_pack_length()
+        if stage in (None, "fit") and self.streaming:
+            self._streamed.check()
         if self.val_set is None and stage in ("validate", "test", "predict"):
             raise UserError(
                 "validate, test and predict need validation rows, but the data set has none; "
@@ -180,10 +184,14 @@ class InstructionDataModule(LightningDataModule):
         accumulate, limit = trainer.accumulate_grad_batches, trainer.limit_train_batches
         shape = StepShape(self.global_batch_size, accumulate, trainer.global_rank, trainer.world_size, self.pack_length)
         if self.streaming:
-            (streamed,) = self.sets
-            assert isinstance(streamed, StreamedSet)
-            return StreamedTraining(streamed, shape, self.seed, trainer.max_steps, limit)
+            return StreamedTraining(self._streamed, shape, self.seed, trainer.max_steps, limit)
         return PlannedTraining(self.train_set, shape, self.seed, self.group_by_length, limit)
+
+    @property
+    def _streamed(self) -> StreamedSet:
+        (streamed,) = self.sets
+        assert isinstance(streamed, StreamedSet)
+        return streamed
 
     @property
     def steps_per_epoch(self) -> int:
@@ -274,8 +282,7 @@ class InstructionDataModule(LightningDataModule):
 
     @property
     def _fingerprint(self) -> str:
-        (first, *_) = self.sets
-        return first.fingerprint() if isinstance(first, StreamedSet) else self.train_set.fingerprint()
+        return self._streamed.fingerprint() if self.streaming else self.train_set.fingerprint()
 
     def _template(self) -> dict[str, str]:
         name = self.spec.template

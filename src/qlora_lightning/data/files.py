@@ -7,6 +7,7 @@ import csv
 import gzip
 import io
 import json
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -95,10 +96,28 @@ def _reading(name: str) -> Iterator[None]:
         raise UserError(f"{name}: cannot be read ({' '.join(str(error).split())[:160]}); check the file and its ending") from error
 
 
+def data_files(path: str | Path) -> list[Path]:
+    """The file itself, or the data files of a folder in the order in which they are read; links are followed.
+
+    Raises:
+        UserError: a folder has none.
+    """
+    if not Path(path).is_dir():
+        return [Path(path)]
+    return [Path(path, name) for name in _data_files(str(path), _names_in(Path(path)), (*_READERS, ".zip"))]
+
+
+def _names_in(folder: Path) -> Iterator[str]:
+    """Every file below a folder, relative to it. A link back to a folder that it lies in is not followed."""
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not Path(place).resolve().is_relative_to(Path(place, name).resolve())]
+        yield from (str(Path(place, name).relative_to(folder)) for name in names)
+
+
 def _sources(path: str) -> Iterator[_Source]:
     if not path.startswith(HUB) and Path(path).is_dir():
-        for name in _data_files(path, (str(p.relative_to(path)) for p in Path(path).rglob("*") if p.is_file()), (*_READERS, ".zip")):
-            yield from _sources(str(Path(path, name)))
+        for member in data_files(path):
+            yield from _sources(str(member))
         return
     whole = _Source(path, partial(_open, path))
     if _ending(path) != ".zip":
@@ -202,7 +221,7 @@ def _elements(name: str, text: str) -> Iterator[Any]:
 
     position, decoder = after(0), json.JSONDecoder()
     if not text.startswith("[", position):
-        kind = type(json.loads(text)).__name__
+        kind = type(decoder.raw_decode(text, position)[0]).__name__
         raise UserError(f"{name}: a .json data set must be one list of rows, got {kind}; use .jsonl for one row a line")
     position = after(position + 1)
     more = not text.startswith("]", position)
@@ -271,7 +290,10 @@ def _arrow(name: str, file: IO[bytes]) -> Iterator[tuple[int, Row]]:
 
 def _records(batches: Iterable[pyarrow.RecordBatch]) -> Iterator[tuple[int, Row]]:
     parts = (batch.slice(start, _ROWS_AT_ONCE) for batch in batches for start in range(0, batch.num_rows, _ROWS_AT_ONCE))
-    yield from enumerate((row for part in parts for row in part.to_pylist()), 1)
+    try:
+        yield from enumerate((row for part in parts for row in part.to_pylist()), 1)
+    except (ValueError, OverflowError) as error:  # a time, say, that Python has no value for
+        raise pyarrow.ArrowInvalid(str(error)) from error
 
 
 _READERS: dict[str, Callable[[str, Any], Iterator[tuple[int, Any]]]] = {

@@ -105,7 +105,10 @@ def paths(
         UserError: a message on these paths is wrong.
     """
     if _usable(root, where, languages):
-        yield from _paths(root, [], where, choice, languages, whole)
+        try:
+            yield from _paths(root, [], where, choice, languages, whole)
+        except RecursionError as error:
+            raise UserError(f"{where}: a message tree must not be deeper than some hundred replies; remove or split the row") from error
 
 
 def _paths(node: Row, before: list[Turn], where: str, choice: str, languages: list[str] | None, whole: bool) -> Iterator[list[Turn]]:

@@ -10,6 +10,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import chain
@@ -26,7 +27,7 @@ from qlora_lightning.cache import cache_folder
 from qlora_lightning.console import say
 from qlora_lightning.data.dataset import SCHEMA, DataReport, Numbers, TokenizedDataset, report_on
 from qlora_lightning.data.encoder import Encoder
-from qlora_lightning.data.files import Located, read_rows
+from qlora_lightning.data.files import Located, data_files, read_rows
 from qlora_lightning.data.formats import RowParser, gather, row_parser
 from qlora_lightning.data.rendering import PaperRenderer, load_renderer
 from qlora_lightning.data.spec import DatasetSpec
@@ -64,16 +65,17 @@ class Prepared:
         Raises:
             UserError: none is left to use.
         """
-        chosen = set(rows.tolist())
-        skipped = Counter(reason for row, reason in self.skipped if row in chosen)
-        examples = self.examples if len(chosen) == self.rows else self.examples.of_rows(rows)
+        chosen = np.zeros(self.rows, dtype=np.bool_)
+        chosen[rows] = True
+        skipped = Counter(reason for row, reason in self.skipped if chosen[row])
+        examples = self.examples if len(rows) == self.rows else self.examples.of_rows(rows)
         if not len(examples):
             reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
             raise UserError(
-                f"no row of the data set is left to use: {reasons or 'none was given'}, of {len(chosen)} rows; "
+                f"no row of the data set is left to use: {reasons or 'none was given'}, of {len(rows)} rows; "
                 "correct the rows or the limits in data.dataset"
             )
-        return examples, report_on(examples, len(chosen), dict(skipped))
+        return examples, report_on(examples, len(rows), dict(skipped))
 
 
 def prepare(files: Sequence[Path], spec: DatasetSpec, tokenizer: "PreTrainedTokenizerBase", processes: int) -> Prepared:
@@ -105,10 +107,10 @@ def _load(folder: Path) -> Prepared | None:
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         with pyarrow.memory_map(str(folder / "examples.arrow")) as source, pyarrow.ipc.open_file(source) as reader:
             batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
-    except (FileNotFoundError, json.JSONDecodeError, pyarrow.ArrowInvalid):
+        examples = TokenizedDataset.from_batches(batches, report["content"])
+        return Prepared(examples, report["rows"], [(row, reason) for row, reason in report["skipped"]], report["bad"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # (Arrow's and JSON's errors are ValueErrors)
         return None
-    examples = TokenizedDataset.from_batches(batches, report["content"])
-    return Prepared(examples, report["rows"], [(row, reason) for row, reason in report["skipped"]], report["bad"])
 
 
 def _prepare_into(target: Path, files: Sequence[Path], spec: DatasetSpec, tokenizer: "PreTrainedTokenizerBase", processes: int) -> None:
@@ -182,7 +184,7 @@ def units_of(rows: Iterable[Located], parser: RowParser) -> Iterator[Unit]:
 
 def _key(files: Sequence[Path], spec: DatasetSpec, tokenizer: "PreTrainedTokenizerBase") -> str:
     shape = {name: value for name, value in asdict(spec).items() if name not in _SOURCES}
-    contents = [(part.name, _digest(part)) for file in files for part in _members(file)]
+    contents = [(str(part.relative_to(file)), _digest(part)) for file in files for part in data_files(file)]
     parts = [contents, shape, tokenizer_identity(tokenizer), _code_version(), tokenizers.__version__]
     return f"{spec.name.replace('/', '-')[:40]}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:24]}"
 
@@ -191,10 +193,6 @@ def tokenizer_identity(tokenizer: "PreTrainedTokenizerBase") -> str:
     """A hash (hex) of all of a tokenizer that text becomes tokens by."""
     names = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token, tokenizer.chat_template)
     return hashlib.sha256(repr((names, tokenizer.backend_tokenizer.to_str())).encode()).hexdigest()
-
-
-def _members(path: Path) -> list[Path]:
-    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
 
 
 def _digest(file: Path) -> str:
@@ -214,7 +212,7 @@ def _code_version() -> str:
 
 def _rows_in(files: Sequence[Path], spec: DatasetSpec) -> int | None:
     """How many rows there are, for the time left; None where only reading them tells."""
-    counts = [_count_rows(part) for file in files for part in _members(file)]
+    counts = [_count_rows(part) for file in files for part in data_files(file)]
     if None in counts:
         return None
     return sum(min(count or 0, spec.rows_per_file or count or 0) for count in counts)
@@ -226,5 +224,6 @@ def _count_rows(file: Path) -> int | None:
             with file.open("rb") as stream:
                 return sum(1 for _ in stream)
         case ".parquet":
-            return int(pyarrow.parquet.read_metadata(file).num_rows)
+            with suppress(pyarrow.ArrowException):  # reading it says what is wrong
+                return int(pyarrow.parquet.read_metadata(file).num_rows)
     return None

@@ -49,4 +49,4 @@ def text_of(row: Row, name: str, where: str, may_be_empty: bool = False) -> str:
 
 def fields_of(row: Row) -> str:
     """The names of a row's fields, for errors."""
-    return ", ".join(sorted(map(str, row))) or "none"
+    return ", ".join(sorted(str(name).encode(errors="backslashreplace").decode() for name in row)) or "none"

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
-from itertools import chain
+from itertools import chain, islice
 from math import ceil
 from pathlib import Path
 
@@ -16,9 +16,10 @@ from qlora_lightning.data.dataset import DataReport, Numbers, TokenizedDataset, 
 from qlora_lightning.data.formats import RowParser, row_parser
 from qlora_lightning.data.hub import fetch
 from qlora_lightning.data.prepared import Prepared, prepare, read_files, units_of
+from qlora_lightning.data.rendering import Renderer, load_renderer
 from qlora_lightning.data.rows import Conversation
 from qlora_lightning.data.spec import DatasetSpec, MixPart
-from qlora_lightning.data.tokenize import Unit
+from qlora_lightning.data.tokenize import Unit, named
 from qlora_lightning.errors import UserError
 
 Part = tuple[TokenizedDataset, DataReport]
@@ -69,17 +70,21 @@ class RowSet(ABC):
         rows = read_files(validation or training, spec)
         first = next(rows)
         parser = row_parser(spec, first[1], first[0])
+        renderer = load_renderer(spec.template, self._tokenizer)
         held = None if validation else set(self._held.tolist())
-        for unit in units_of(chain([first], rows), parser):
+        units = units_of(chain([first], rows), parser)
+        for unit in units if held is None else islice(units, max(held, default=-1) + 1):
             if held is None or unit.number in held:
-                yield from map(_to_last_answer, self._usable(parser, unit))
+                yield from self._usable(parser, renderer, unit)
 
-    def _usable(self, parser: RowParser, unit: Unit) -> list[Conversation]:
+    def _usable(self, parser: RowParser, renderer: Renderer, unit: Unit) -> list[Conversation]:
+        """The conversations of a row that can be written out, as in training, and asked."""
         try:
-            return parser(unit.row, unit.where)[0]
-        except UserError:
+            conversations = [_to_last_answer(conversation) for conversation in parser(unit.row, unit.where)[0]]
+            return [one for one in conversations if renderer.render(one) is not None and renderer.prompt(one)]
+        except UserError as error:
             if self.spec.bad_rows == "error":
-                raise
+                raise UserError(named(unit.where, error)) from error
             return []
 
     @property

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
@@ -120,7 +121,7 @@ class DatasetSpec:
                 f"data.dataset.compat paper sets no system prompt, got {self.system_prompt!r}; leave system_prompt out or set compat: fixed"
             )
         size = self.validation_size
-        if size < 0 or (size >= 1 and size != int(size)):
+        if not (0 <= size < 1 or (isfinite(size) and size > 0 and size == int(size))):
             raise UserError(
                 f"data.dataset.validation_size must be a number of rows or a fraction below 1, got {size}; 0 means no validation"
             )
@@ -152,5 +153,5 @@ class MixPart:
     """How often an epoch goes through the set: 0.5 is a fresh random half of its examples each epoch, 2 is each of them twice."""
 
     def __post_init__(self) -> None:
-        if self.weight <= 0:
-            raise UserError(f"data.mix.weight must be above 0, got {self.weight}; leave the set out of data.mix instead")
+        if not 0 < self.weight < 1000:
+            raise UserError(f"data.mix.weight must be above 0 and below 1000, got {self.weight}; leave the set out of data.mix instead")

@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from itertools import islice
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +17,8 @@ from torch.utils.data import IterableDataset
 
 from qlora_lightning.console import say
 from qlora_lightning.data.dataset import Numbers, TokenizedDataset, TokenizedExample
-from qlora_lightning.data.hub import stream_sources
+from qlora_lightning.data.files import data_files
+from qlora_lightning.data.hub import HUB, stream_sources
 from qlora_lightning.data.packing import check_pack_length
 from qlora_lightning.data.prepared import Prepared, read_files, row_tokenizer, tokenizer_identity, units_of
 from qlora_lightning.data.sets import Part, RowSet
@@ -27,6 +29,7 @@ from qlora_lightning.errors import UserError
 
 BUFFER = 10_000
 """Examples among which the next one is drawn."""
+_MIB = 2**20
 BEGINNING = 1000
 """Rows of a stream to look at."""
 
@@ -79,8 +82,6 @@ class StreamedSteps(IterableDataset[tuple[Microbatch, list[list[TokenizedExample
                 place = int(generator.integers(BUFFER))
                 yield buffer[place]
                 buffer[place] = one
-            if not buffer:
-                raise UserError("no row of the stream is left to use; correct the rows or the limits in data.dataset")
             yield from (buffer[place] for place in generator.permutation(len(buffer)))
 
     def _pass(self) -> Iterator[_Streamed]:
@@ -89,8 +90,23 @@ class StreamedSteps(IterableDataset[tuple[Microbatch, list[list[TokenizedExample
             yield from (_Streamed(examples[index], int(examples.targets[index])) for index in range(len(examples)))
 
 
+def _ends(file: Path) -> tuple[int, str]:
+    """Size of a file, and a hash of its first and last MiB: enough to see that it is another, without reading what may be terabytes."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        digest = hashlib.sha256(stream.read(_MIB))
+        stream.seek(max(0, size - _MIB))
+        digest.update(stream.read())
+    return size, digest.hexdigest()
+
+
 class StreamedSet(RowSet):
     """A set of which nothing is prepared. Its first ``validation_size`` rows are held out where no validation file is given."""
+
+    def check(self) -> None:
+        """Raises UserError where no row can be trained on; reads as far as the first that can."""
+        if not any(chunk.batch.num_rows for chunk in self.chunks()):
+            raise UserError("no row of the stream is left to use; correct the rows or the limits in data.dataset")
 
     def chunks(self) -> Iterator[Chunk]:
         """One pass over the training rows."""
@@ -120,8 +136,10 @@ class StreamedSet(RowSet):
         return [line for chunk in self._tokenized(self._sources[0], most=len(self._held) + BEGINNING) for line in chunk.bad]
 
     def fingerprint(self) -> str:
-        """A hash (hex) of what the stream is made of, short of reading it: places, specification and tokenizer."""
-        return hashlib.sha256(repr((self._sources, self.spec, tokenizer_identity(self._tokenizer))).encode()).hexdigest()
+        """A hash (hex) of what the stream is made of, short of reading it: places, sizes and ends of local files, rules and tokenizer."""
+        files = [(source, [_ends(member) for member in data_files(source)]) for source in self._sources[0] if not source.startswith(HUB)]
+        parts = [self._sources, files, self.spec, tokenizer_identity(self._tokenizer)]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def _tokenized(self, sources: Sequence[str], skip: int = 0, most: int | None = None) -> Iterator[Chunk]:
         return map_batches(self._work, islice(units_of(read_files(sources, self.spec), self._work.parser), skip, most), processes=1)

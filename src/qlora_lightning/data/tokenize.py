@@ -36,6 +36,11 @@ def answer_mask(tokens: Encoded, spans: Sequence[tuple[int, int]]) -> tuple[Mask
     return mask, straddling
 
 
+def named(where: str, error: UserError) -> str:
+    """An error's line, with the row that it is about in front."""
+    return str(error) if str(error).startswith(where) else f"{where}: {error}"
+
+
 class Unit(NamedTuple):
     """One row, or one tree of rows, on its way."""
 
@@ -95,7 +100,7 @@ class RowTokenizer:
             conversations, reasons = self.parser(unit.row, unit.where)
             renderings = [self.renderer.render(conversation) for conversation in conversations]
         except UserError as error:
-            line = str(error) if str(error).startswith(unit.where) else f"{unit.where}: {error}"
+            line = named(unit.where, error)
             if self.spec.bad_rows == "error":
                 raise UserError(line) from error
             work.bad.append(line)

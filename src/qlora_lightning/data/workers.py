@@ -5,6 +5,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
 from multiprocessing import get_context, parent_process
 from time import perf_counter
@@ -14,6 +15,7 @@ from rich.text import Text
 
 from qlora_lightning.console import console, is_live, say
 from qlora_lightning.data.tokenize import Chunk, RowTokenizer, Unit
+from qlora_lightning.errors import UserError
 
 _BATCH = 256  # rows a call of the tokenizer: enough for its threads, little memory
 _ALONE = 40  # batches; fewer are done before a worker process has started
@@ -51,6 +53,8 @@ def _by_pool(work: RowTokenizer, batches: Iterator[list[Unit]], processes: int) 
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+    except BrokenProcessPool as error:
+        raise UserError("a process that tokenizes was killed, likely for lack of memory; set --data.num_proc 1") from error
     finally:
         pool.shutdown(cancel_futures=True)
 
