@@ -49,3 +49,12 @@ def test_four_bit_weights_stay_on_the_device_after_a_fit(fit: Callable[..., Path
     monkeypatch.setattr(QLoRAModule, "cpu", lambda self: seen.append("moved") or self)
     fit("trainer.accelerator=gpu", "trainer.max_steps=1", "model.compute=bf16")
     assert seen == []
+
+
+def test_a_packed_run_has_the_losses_of_the_padded_one(fit: Callable[..., Path]) -> None:
+    """In bf16, where other shapes round otherwise."""
+    options = ("trainer.accelerator=gpu", "model.compute=bf16", "model.optimizer.learning_rate=0.001")
+    runs = [read_metrics(fit(*options, f"data.packing={packing}", folder=packing)) for packing in ("false", "true")]
+    first, second = ([float(row["train/loss"]) for row in run if row["train/loss"]] for run in runs)
+    assert len(first) == 6
+    assert first == pytest.approx(second, rel=1e-2)

@@ -113,7 +113,7 @@ class QLoRAModule(LightningModule):
         """Refuse a model that would mix the sequences of a packed row: here, before an earlier run is given up for this one."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         if self.trainer.state.fn == "fit" and data.packing:
-            with self.autocast():
+            with self.autocast(self.trainer.strategy.root_device):
                 check_packing(self.model, self.base_model)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
@@ -125,9 +125,13 @@ class QLoRAModule(LightningModule):
         schedule = build_schedule(optimizer, self.optimizer, data.total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        """The context in which the model computes; fp32 adapter weights are used in the compute dtype inside it."""
-        return torch.autocast(self.device.type, self._compute_dtype, enabled=self._compute_dtype != torch.float32)
+    def autocast(self, device: torch.device | None = None) -> AbstractContextManager[Any]:
+        """The context in which the model computes; fp32 adapter weights are used in the compute dtype inside it.
+
+        Args:
+            device: where the model is, if this module has not been told yet.
+        """
+        return torch.autocast((device or self.device).type, self._compute_dtype, enabled=self._compute_dtype != torch.float32)
 
     # ---- loss ----
 
