@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from making import (
     BACKENDS,
@@ -153,6 +153,7 @@ def test_no_message_can_write_a_control_token(make_spec: SpecMaker, style: Style
 @every_tokenizer
 @every_style
 @settings(max_examples=12, deadline=None)
+@example(texts=["0 ", "0", "The river", "<s>"], system=None)  # a cut, and further on text that is taken apart
 @given(texts=conversations, system=systems)
 def test_the_prompt_at_inference_is_what_stood_before_the_last_answer(
     style: Style, kind: str, texts: list[str], system: str | None

@@ -37,8 +37,8 @@ class _Part(NamedTuple):
     """Where it begins in the rendering."""
     control: list[tuple[int, int]]
     """Control tokens of the template in it, in characters of ``text``."""
-    inside: bool
-    """It goes on where other text stopped: the tokenizer may not write the blank that it puts before a text's first word."""
+    follows: str
+    """What stands before it, "nothing", "text" or "control": by that some tokenizers put a blank before the first word, or do not."""
 
 
 class _Backends:
@@ -66,17 +66,16 @@ class Encoder:
 
     def __init__(self, backend: str, control: Ints, unknown: tuple[int, str] | None = None) -> None:
         self._json, self._control, self._unknown = backend, control, unknown
-        self._first = _Backends(backend)  # for a text's beginning
-        self._later = self._changed(_first_word_only)  # behind a control token
-        self._inside = self._changed(_no_word)  # anywhere else
-        self._is_control = np.zeros(1 + max(self._first.whole.get_vocab().values()), dtype=np.bool_)
+        self._unchanged = _Backends(backend)
+        self._behind = {"nothing": self._unchanged, "control": self._changed(_first_word_only), "text": self._changed(_no_word)}
+        self._is_control = np.zeros(1 + max(self._unchanged.whole.get_vocab().values()), dtype=np.bool_)
         self._is_control[control] = True
 
     def _changed(self, change: Callable[[dict[str, Any]], None]) -> _Backends:
         """The backend with all settings changed about the blank before words; itself where there are none."""
         state = json.loads(self._json)
         _walk(state, change)
-        return self._first if state == json.loads(self._json) else _Backends(json.dumps(state))
+        return self._unchanged if state == json.loads(self._json) else _Backends(json.dumps(state))
 
     @classmethod
     def of(cls, tokenizer: "PreTrainedTokenizerBase", renderer: ConversationRenderer) -> "Encoder":
@@ -116,8 +115,8 @@ class Encoder:
         parts = [_parts(rendering, borders) for rendering, borders in zip(renderings, cuts, strict=True)]
         flat = [part for group in parts for part in group]
         found: dict[int, Encoding] = {}
-        for inside, backends in ((False, self._first), (True, self._inside)):
-            chosen = [number for number, part in enumerate(flat) if part.inside == inside]
+        for follows, backends in self._behind.items():
+            chosen = [number for number, part in enumerate(flat) if part.follows == follows]
             encodings = backends.whole.encode_batch([flat[number].text for number in chosen], add_special_tokens=False)
             found |= dict(zip(chosen, encodings, strict=True))
         numbers = iter(range(len(flat)))
@@ -146,7 +145,7 @@ class Encoder:
         ids: list[int] = []
         spans: list[tuple[int, int]] = []
         position, text = 0, part.text
-        backends = self._inside if part.inside else self._first
+        backends = self._behind[part.follows]
         for start, end in [*part.control, (len(text), len(text))]:
             piece = backends.plain.encode(text[position:start], add_special_tokens=False)
             ids += piece.ids
@@ -156,7 +155,7 @@ class Encoder:
                 assert control is not None  # load_renderer
                 ids.append(control)
                 spans.append((start, end))
-            position, backends = end, self._later
+            position, backends = end, self._behind["control"]
         tokens = _encoded(ids, spans, text, respelled=True)
         return tokens if self._agrees(tokens, part) else None
 
@@ -212,17 +211,20 @@ def _joined_borders(tokens: Encoded | None, rendering: Rendering) -> set[int]:
 
 
 def _parts(rendering: Rendering, cuts: set[int]) -> list[_Part]:
+    follows = {0: "nothing"}
     if rendering.joint is not None:  # as the authors' code did: both are texts of their own
-        cuts = {rendering.joint}
-    edges = [0, *sorted(cuts), len(rendering.text)]
+        follows[rendering.joint] = "nothing"
+    else:  # from a cut to the end of the answer, behind which all is as it would be without the cut
+        follows |= dict.fromkeys((end for start, end in rendering.supervised if start in cuts), "control") | dict.fromkeys(cuts, "text")
     return [
         _Part(
             rendering.text[start:end],
             start,
             [(first - start, last - start) for first, last in rendering.control if start <= first and last <= end],
-            inside=start > 0 and rendering.joint is None,
+            follows[start],
         )
-        for start, end in pairwise(edges)
+        for start, end in pairwise([*sorted(follows), len(rendering.text)])
+        if start < end or not start
     ]
 
 
