@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qlora_lightning.data.dataset import DataReport, Numbers, TokenizedDataset
+from qlora_lightning.data.dataset import BAD_ROW, UNSUPERVISED, UNSUPERVISED_LEFT, DataReport, Numbers, TokenizedDataset
 from qlora_lightning.data.packing import row_tokens
 from qlora_lightning.data.steps import StepShape, plan_epoch, split_step
 
@@ -20,9 +20,9 @@ _STEPS = 2000  # of an epoch, whose padding tells that of the rest
 _BUCKETS = 15  # of a histogram at most
 
 SPOILED = {
-    "bad row": "bad rows, skipped",
-    "no supervised token": "rows without a supervised token",
-    "no supervised token left after truncation": "rows without a supervised token left after truncation",
+    BAD_ROW: "bad rows, skipped",
+    UNSUPERVISED: "rows without a supervised token",
+    UNSUPERVISED_LEFT: "rows without a supervised token left after truncation",
 }
 """Reasons for leaving rows out that point to a mistake -> what they are called in ``problems``."""
 

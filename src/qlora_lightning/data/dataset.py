@@ -20,6 +20,9 @@ TRUNCATED, RESPELLED, LOST_END, DOUBLED_BOS = 1, 2, 4, 8
 """Bits of an example's ``flags``: a limit cut it; a message spells a control token, kept as text; an answer without its end
 token; two BOS."""
 
+BAD_ROW, UNSUPERVISED, UNSUPERVISED_LEFT = "bad row", "no supervised token", "no supervised token left after truncation"
+"""Why a row or a conversation of it was left out, where that points to a mistake: the audit asks for these by name."""
+
 SCHEMA = pyarrow.schema(
     {
         "row": pyarrow.int64(),  # number of the row that the example came from, from 0
@@ -27,7 +30,7 @@ SCHEMA = pyarrow.schema(
         "supervised": pyarrow.list_(pyarrow.uint8()),  # 1 where a token is trained on; a byte each, so that it can be read in place
         "source_tokens": pyarrow.int32(),  # tokens before the first answer
         "targets": pyarrow.int32(),  # tokens that are predicted: supervised ones, less a first token, which nothing predicts
-        "straddling": pyarrow.int32(),  # tokens that begin before an answer and end in it: not trained on
+        "straddling": pyarrow.int32(),  # tokens that begin before an answer and end in it: the encoder makes none
         "flags": pyarrow.uint8(),
     }
 )
@@ -122,7 +125,7 @@ class TokenizedDataset:
         )
 
     def fingerprint(self) -> str:
-        """A hash (hex) of everything a run can see of the set: ids, labels, borders and order."""
+        """A hash (hex) of everything a run can see of a prepared set: ids, labels, borders and order. Empty for a part of a stream."""
         return self._content
 
 

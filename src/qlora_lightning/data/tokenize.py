@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow
 
-from qlora_lightning.data.dataset import DOUBLED_BOS, LOST_END, RESPELLED, SCHEMA, TRUNCATED
+from qlora_lightning.data.dataset import BAD_ROW, DOUBLED_BOS, LOST_END, RESPELLED, SCHEMA, TRUNCATED, UNSUPERVISED, UNSUPERVISED_LEFT
 from qlora_lightning.data.encoder import Encoded, Encoder
 from qlora_lightning.data.files import Row
 from qlora_lightning.data.formats import RowParser
@@ -104,7 +104,7 @@ class RowTokenizer:
             if self.spec.bad_rows == "error":
                 raise UserError(line) from error
             work.bad.append(line)
-            reasons, renderings = ["bad row"], []
+            reasons, renderings = [BAD_ROW], []
         work.skipped += [(unit.number, reason) for reason in reasons]
         work.skipped += [(unit.number, "chat template rewrites a message") for rendering in renderings if rendering is None]
         return [rendering for rendering in renderings if rendering is not None]
@@ -115,14 +115,14 @@ class RowTokenizer:
             return "text spells a control token"
         answer, straddling = answer_mask(tokens, rendering.supervised)
         if not answer.any():
-            return "no supervised token"
+            return UNSUPERVISED
         header = int(np.searchsorted(tokens.starts, rendering.header))
         example = truncate(Cut(tokens.ids, answer), header, rendering.bos, self.spec)
         if example is None:
             return "longer than max_length"
         cut = len(example.ids) < len(tokens.ids)
         if not example.answer[1:].any():
-            return "no supervised token left after truncation" if cut else "no supervised token"
+            return UNSUPERVISED_LEFT if cut else UNSUPERVISED
         flags = TRUNCATED * cut + RESPELLED * tokens.respelled + LOST_END * self._lost_end(example) + DOUBLED_BOS * self._doubled(example)
         source = int(np.argmax(example.answer))
         work.add(number, _labelled(example, rendering.bos, self.spec.train_on_source), source, straddling, flags)
