@@ -12,11 +12,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from qlora_lightning.errors import UserError
-from qlora_lightning.generation import adapter_spec, load_assistant
+from qlora_lightning.generation import load_assistant
 from qlora_lightning.modeling.adapters import LoRASpec, adapter_config, attach_lora, norms_to_fp32, save_adapter
 from qlora_lightning.modeling.fingerprint import base_fingerprint
 from qlora_lightning.modeling.ledger import ledger
 from qlora_lightning.modeling.loading import QuantizationSpec, compute_dtype, load_base_model
+from qlora_lightning.modeling.trained import adapter_spec
 
 CPU = torch.device("cpu")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qlora_lightning.chat import _asked
+from qlora_lightning.answering import _asked
 from qlora_lightning.cli import main
 from qlora_lightning.data.encoder import Encoder
 from qlora_lightning.data.formats import Message

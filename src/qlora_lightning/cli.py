@@ -24,7 +24,7 @@ PARSING_COMMANDS = {
 # command -> (module:function, or sub-commands of the same kind), what it does
 PLAIN_COMMANDS: dict[str, tuple[str | dict[str, str], str]] = {
     "chat": ("qlora_lightning.chat:chat", "talk to a base model with an adapter"),
-    "generate": ("qlora_lightning.chat:generate", "answer a file of prompts, as JSON Lines"),
+    "generate": ("qlora_lightning.answering:generate", "answer a file of prompts, as JSON Lines"),
     "recipes": (
         {
             "list": "qlora_lightning.recipes:recipes_list",
@@ -38,6 +38,8 @@ PLAIN_COMMANDS: dict[str, tuple[str | dict[str, str], str]] = {
 
 
 SWITCHES = ("--json", "--overwrite", "--strict")
+EVAL_PACKAGES = ("lm_eval", "matplotlib", "openai", "scipy", "statsmodels")
+"""What the extra ``eval`` installs."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -115,6 +117,8 @@ def user_line(error: BaseException) -> str | None:
             "trainer.strategy.init_args.gradient_checkpointing: full, "
             f"or shorten data.dataset.max_length ({str(error).split('.')[0]})"
         )
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in EVAL_PACKAGES:
+        return f"this command needs the package {error.name}; install what evaluations need: pip install 'qlora-lightning[eval]'"
     if isinstance(error, OSError) and error.errno == 28:
         return f"no space left on the disk that holds {error.filename or 'the run folder'}; free some and resume with --ckpt_path last"
     if type(error).__name__ == "MisconfigurationException":  # Lightning's word for a setting that cannot work
@@ -125,7 +129,7 @@ def user_line(error: BaseException) -> str | None:
 def overview() -> str:
     """The commands, a line each."""
     rows = TRAINER_COMMANDS | {name: summary for name, (_, summary) in (*PARSING_COMMANDS.items(), *PLAIN_COMMANDS.items())}
-    lines = [f"  {name:10} {summary}" for name, summary in rows.items()]
+    lines = [f"  {name:12} {summary}" for name, summary in rows.items()]
     return "\n".join(
         [
             f"qlora-lightning {__version__}: QLoRA finetuning on PyTorch Lightning",

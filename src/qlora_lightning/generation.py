@@ -10,15 +10,13 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from qlora_lightning.console import say
 from qlora_lightning.data.encoder import Encoder, encode_prompts
 from qlora_lightning.data.formats import Conversation
 from qlora_lightning.data.rendering import Renderer, load_renderer
 from qlora_lightning.errors import UserError
-from qlora_lightning.modeling.adapters import LoRASpec, adapter_config, adapter_metadata, attach_lora, load_adapter, norms_to_fp32
-from qlora_lightning.modeling.fingerprint import base_fingerprint
-from qlora_lightning.modeling.loading import QuantizationSpec, compute_dtype, load_base_model
-from qlora_lightning.modeling.tokenizer import filler_id, load_tokenizer
+from qlora_lightning.modeling.loading import Storage
+from qlora_lightning.modeling.tokenizer import filler_id
+from qlora_lightning.modeling.trained import load_trained
 
 
 @dataclass
@@ -121,13 +119,16 @@ def left_pad(prompts: Sequence[Sequence[int]], filler: int) -> tuple[torch.Tenso
     return ids, mask
 
 
-def load_assistant(adapter: Path | None, base_model: str | None, template: str | None) -> tuple[Assistant, dict[str, Any]]:
-    """Load a 4-bit base with an adapter, as the adapter's metadata says, or a base alone.
+def load_assistant(
+    adapter: Path | None, base_model: str | None, template: str | None, storage: Storage | None = None
+) -> tuple[Assistant, dict[str, Any]]:
+    """Load a model that answers, as ``load_trained`` does.
 
     Args:
         adapter: A PEFT adapter folder; None for the base alone.
         base_model: The base; by default the one that the adapter names.
         template: Prompt template; by default the one that the adapter was trained with.
+        storage: How to hold the base; by default as the adapter was trained, without one nf4-dq.
 
     Returns:
         The assistant, and the adapter's metadata ({} without one).
@@ -135,29 +136,6 @@ def load_assistant(adapter: Path | None, base_model: str | None, template: str |
     Raises:
         UserError: no base is known, or the adapter belongs to another one.
     """
-    metadata = adapter_metadata(adapter) if adapter else {}
-    base_model = base_model or metadata.get("base_model")
-    if base_model is None:
-        raise UserError("no base model is known: give an adapter folder that this tool wrote, or --base_model NAME")
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    dtype = compute_dtype(metadata.get("compute", "auto"), device)
-    tokenizer = load_tokenizer(base_model, metadata.get("revision"))
-    style = load_renderer(template or metadata.get("template", "chatml"), tokenizer)
-    say(f"Loading {base_model} in 4 bits onto {device}")
-    model: Any = load_base_model(base_model, QuantizationSpec(**metadata.get("quantization", {})), dtype, device, metadata.get("revision"))
-    if adapter:
-        model = attach_lora(model, adapter_spec(adapter))
-        norms_to_fp32(model, dtype)
-        load_adapter(model, adapter, base_fingerprint(base_model, metadata.get("revision")))
-    return Assistant(model.eval(), tokenizer, style, dtype), metadata
-
-
-def adapter_spec(adapter: Path) -> LoRASpec:
-    """The LoRA settings that an adapter folder records in PEFT's own configuration.
-
-    Raises:
-        UserError: they are broken, or more than ``LoRASpec`` can say.
-    """
-    config = adapter_config(adapter)
-    targets = sorted(config.target_modules or []) if not isinstance(config.target_modules, str) else [config.target_modules]
-    return LoRASpec(r=config.r, alpha=config.lora_alpha, dropout=0.0, target_modules=targets)
+    loaded = load_trained(adapter, base_model, storage)
+    style = load_renderer(template or loaded.metadata.get("template", "chatml"), loaded.tokenizer)
+    return Assistant(loaded.model, loaded.tokenizer, style, loaded.dtype), loaded.metadata

@@ -14,6 +14,8 @@ from qlora_lightning.errors import UserError
 from qlora_lightning.modeling.sources import first_line, hub_errors, quiet_transformers, resolve_base
 
 Compute = Literal["auto", "bf16", "fp32"]
+Storage = Literal["nf4-dq", "nf4", "fp4-dq", "fp4", "int8", "16bit"]
+"""How a base is held in memory to be measured or asked: 4 bits with or without double quantisation, LLM.int8(), or not quantised."""
 
 
 @dataclass
@@ -24,6 +26,18 @@ class QuantizationSpec:
     """4-bit data type of the linear layers' weights, in blocks of 64."""
     double_quant: bool = True
     """Store each block's absmax in 8 bits as well (double quantisation): 0.127 instead of 0.5 bit a parameter."""
+
+    @property
+    def storage(self) -> Storage:
+        """The same as one word."""
+        match self.quant_type, self.double_quant:
+            case "nf4", True:
+                return "nf4-dq"
+            case "nf4", False:
+                return "nf4"
+            case "fp4", True:
+                return "fp4-dq"
+        return "fp4"
 
 
 def compute_dtype(compute: Compute, device: torch.device) -> torch.dtype:
@@ -53,26 +67,49 @@ def load_base_model(
     Raises:
         UserError: no weights, no access, no memory, or bitsandbytes cannot work on this device.
     """
-    if reason := check_bitsandbytes(device, dtype):
+    return load_stored(source, quantization.storage, dtype, device, revision)
+
+
+def load_stored(source: str, storage: Storage, dtype: torch.dtype, device: torch.device, revision: str | None = None) -> PreTrainedModel:
+    """The base model on ``device``: linear layers of the blocks as ``storage`` says, all else in ``dtype``, everything frozen.
+
+    Args:
+        source: Named as in ``sources.resolve_base``.
+        storage: 16bit leaves the weights in ``dtype``, which may be fp32.
+        dtype: Dtype of what is not quantised, and of the products.
+        device: Where the model is to live.
+        revision: Commit, tag or branch of a hub id.
+
+    Raises:
+        UserError: as ``load_base_model``.
+    """
+    if storage != "16bit" and (reason := check_bitsandbytes(device, dtype)):
         raise UserError(f"bitsandbytes cannot work on {device} ({reason}); see `qlora-lightning doctor`")
     resolved = resolve_base(source)
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=quantization.quant_type,
-        bnb_4bit_use_double_quant=quantization.double_quant,
-        bnb_4bit_compute_dtype=dtype,
-    )
     with hub_errors(source), quiet_transformers():
         try:
             model = AutoModelForCausalLM.from_pretrained(
-                resolved, revision=revision or "main", quantization_config=config, dtype=dtype, device_map={"": device}
+                resolved, revision=revision or "main", quantization_config=_stored(storage, dtype), dtype=dtype, device_map={"": device}
             )
         except torch.OutOfMemoryError as error:
             total = torch.cuda.get_device_properties(device).total_memory / 2**30
-            raise UserError(f"{source} in 4 bits does not fit on {device} ({total:.0f} GiB); choose a smaller base model") from error
+            raise UserError(f"{source} as {storage} does not fit on {device} ({total:.0f} GiB); choose a smaller base model") from error
     _keep_plain_layout(model)
     model.requires_grad_(False)
     return model
+
+
+def _stored(storage: Storage, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    if storage == "16bit":
+        return None
+    if storage == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=storage.removesuffix("-dq"),
+        bnb_4bit_use_double_quant=storage.endswith("-dq"),
+        bnb_4bit_compute_dtype=dtype,
+    )
 
 
 def check_bitsandbytes(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str | None:

@@ -1,0 +1,81 @@
+"""A base model with its adapter, or a merged one, loaded to be asked or measured."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from qlora_lightning.console import say
+from qlora_lightning.errors import UserError
+from qlora_lightning.modeling.adapters import LoRASpec, adapter_config, adapter_metadata, attach_lora, load_adapter, norms_to_fp32
+from qlora_lightning.modeling.fingerprint import base_fingerprint
+from qlora_lightning.modeling.loading import QuantizationSpec, Storage, compute_dtype, load_stored
+from qlora_lightning.modeling.tokenizer import load_tokenizer
+
+
+@dataclass
+class TrainedModel:
+    """A model in eval mode with its tokenizer."""
+
+    model: Any
+    """A causal language model of transformers, or PEFT's around one where there is an adapter."""
+    tokenizer: PreTrainedTokenizerFast
+    dtype: torch.dtype
+    """The dtype that matrix products are computed in."""
+    storage: Storage
+    """How the base is held."""
+    metadata: dict[str, Any]
+    """The adapter's, {} without one: template, system_prompt, data and more, see ``adapters.adapter_metadata``."""
+    name: str
+    """What to call it in tables: the adapter folder, else the base."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        device: torch.device = next(self.model.parameters()).device
+        return device
+
+    def computing(self) -> torch.autocast:
+        """The context in which the model computes: adapters in fp32 are used in ``dtype``."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+
+def load_trained(adapter: Path | None, base_model: str | None, storage: Storage | None = None) -> TrainedModel:
+    """Load a base with an adapter, as the adapter's metadata says, or a base (or merged model) alone.
+
+    Args:
+        adapter: A PEFT adapter folder; None for the base alone.
+        base_model: The base; by default the one that the adapter names.
+        storage: How to hold the base; by default as the adapter was trained, without one nf4-dq.
+
+    Raises:
+        UserError: no base is known, or the adapter belongs to another one.
+    """
+    metadata = adapter_metadata(adapter) if adapter else {}
+    base_model = base_model or metadata.get("base_model")
+    if base_model is None:
+        raise UserError("no base model is known: give an adapter folder that this tool wrote, or --base_model NAME")
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    dtype = compute_dtype(metadata.get("compute", "auto"), device)
+    storage = storage or QuantizationSpec(**metadata.get("quantization", {})).storage
+    tokenizer = load_tokenizer(base_model, metadata.get("revision"))
+    say(f"Loading {base_model} as {storage} onto {device}")
+    model: Any = load_stored(base_model, storage, dtype, device, metadata.get("revision"))
+    if adapter:
+        model = attach_lora(model, adapter_spec(adapter))
+        norms_to_fp32(model, dtype)
+        load_adapter(model, adapter, base_fingerprint(base_model, metadata.get("revision")))
+    return TrainedModel(model.eval(), tokenizer, dtype, storage, metadata, str(adapter or base_model))
+
+
+def adapter_spec(adapter: Path) -> LoRASpec:
+    """The LoRA settings that an adapter folder records in PEFT's own configuration.
+
+    Raises:
+        UserError: they are broken, or more than ``LoRASpec`` can say.
+    """
+    config = adapter_config(adapter)
+    targets = sorted(config.target_modules or []) if not isinstance(config.target_modules, str) else [config.target_modules]
+    return LoRASpec(r=config.r, alpha=config.lora_alpha, dropout=0.0, target_modules=targets)
