@@ -278,7 +278,10 @@ def test_a_time_that_python_cannot_tell_is_one_line(tmp_path: Path) -> None:
         list(read_rows(tmp_path / "r.parquet"))
 
 
-def test_json_lines_under_the_name_of_a_list_are_told_the_right_ending(tmp_path: Path) -> None:
+def test_json_lines_under_the_name_of_a_list_are_read(tmp_path: Path) -> None:
     (tmp_path / "r.json").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
-    with pytest.raises(UserError, match=r"must be one list of rows, got dict; use \.jsonl for one row a line"):
+    assert [row["prompt"] for _, row in read_rows(tmp_path / "r.json")] == ["a", "b"]
+    (tmp_path / "r.json").write_text('{"prompt": "a"}\n{"prompt" "b"}\n')
+    with pytest.raises(UserError, match=r"r\.json:2: broken JSON"):
         list(read_rows(tmp_path / "r.json"))
+

@@ -201,14 +201,17 @@ def _decode(name: str, data: bytes, line: int = 1) -> str:
 
 
 def _json(name: str, file: IO[bytes]) -> Iterator[tuple[int, Any]]:
-    text = _decode(name, file.read())
+    if _JSON_LINES.match(data := file.read()):  # under another name, as several sets are published
+        yield from _json_lines(name, io.BytesIO(data))
+        return
     try:
-        yield from enumerate(_elements(name, text), 1)
+        yield from enumerate(_elements(name, _decode(name, data)), 1)
     except (ValueError, RecursionError) as error:
         raise _broken(name, error, 1) from error
 
 
 _BLANKS = re.compile(r"[ \t\n\r]*")
+_JSON_LINES = re.compile(rb"\s*\{.*\}[ \t]*\r?\n\s*\{")
 
 
 def _elements(name: str, text: str) -> Iterator[Any]:

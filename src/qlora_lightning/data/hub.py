@@ -25,6 +25,7 @@ from qlora_lightning.data.spec import DatasetSpec
 from qlora_lightning.errors import UserError
 
 HUB = "hf://datasets/"
+_OPTIONS = "data.dataset"
 
 
 def fetch(spec: DatasetSpec) -> tuple[list[Path], list[Path]]:
@@ -65,19 +66,29 @@ def _local(path: str, option: str) -> str:
 
 def _download(spec: DatasetSpec, file: str) -> str:
     assert spec.hub_id is not None
+    return download(spec.hub_id, file, spec.revision)
+
+
+def download(hub_id: str, file: str, revision: str | None, options: str = _OPTIONS) -> str:
+    """The local path of a file of a hub data set, fetched if this machine does not have it.
+
+    Args:
+        hub_id: The data set.
+        file: Its path in there.
+        revision: Commit, tag or branch.
+        options: What the options are called that give all this (``options``.hub_id and so on), for the errors.
+
+    Raises:
+        UserError: the hub cannot be reached, or does not give the file.
+    """
     try:
-        path = str(hf_hub_download(spec.hub_id, file, repo_type="dataset", revision=spec.revision))
+        path = str(hf_hub_download(hub_id, file, repo_type="dataset", revision=revision))
     except (OSError, HTTPError, ValueError) as error:
-        raise _refused(error, spec.hub_id, file, spec.revision) from error
-    _say_commit(spec, path)
+        raise _refused(error, hub_id, file, revision, options) from error
+    commit = re.search(r"/snapshots/([0-9a-f]{40})/", path)  # the hub's cache keeps files in folders named by commit
+    if commit and commit[1] != revision:  # a branch moves: so that it can be pinned
+        say(f"{hub_id} at {revision} is commit {commit[1]}; pin it with --{options}.revision {commit[1]}")
     return path
-
-
-def _say_commit(spec: DatasetSpec, path: str) -> None:
-    """A branch moves: say which commit it was, so that it can be pinned. The hub's cache keeps files in folders named by commit."""
-    commit = re.search(r"/snapshots/([0-9a-f]{40})/", path)
-    if commit and commit[1] != spec.revision:
-        say(f"{spec.hub_id} at {spec.revision} is commit {commit[1]}; pin it with --data.dataset.revision {commit[1]}")
 
 
 def open_url(url: str) -> IO[bytes]:
@@ -99,25 +110,25 @@ def refusal(error: Exception, url: str) -> UserError:
     return _refused(error, hub_id, file, revision)
 
 
-def _refused(error: Exception, hub_id: str, file: str, revision: str | None) -> UserError:
+def _refused(error: Exception, hub_id: str, file: str, revision: str | None, options: str = _OPTIONS) -> UserError:
     name = f"{file} of the hub data set {hub_id}"
     # The file system says of all that is missing FileNotFoundError; which of them it was is the cause, and a file has none.
     match error.__cause__ if type(error) is FileNotFoundError and error.__cause__ else error:
         case GatedRepoError():
             line = f"{name} is gated; accept its terms on the hub and log in with `hf auth login`"
         case RevisionNotFoundError():
-            line = f"{name} has no revision {revision}; correct data.dataset.revision"
+            line = f"{name} has no revision {revision}; correct {options}.revision"
         case RepositoryNotFoundError():
-            line = f"the hub has no data set {hub_id}, or not for you; correct data.dataset.hub_id or log in"
+            line = f"the hub has no data set {hub_id}, or not for you; correct {options}.hub_id or log in"
         case LocalEntryNotFoundError() | OfflineModeIsEnabled():
             line = (
                 f"{name} is not on this machine and the hub cannot be reached (HF_HUB_OFFLINE is set or there is no connection); "
-                "go online or give a local copy with --data.dataset.path"
+                f"go online or give a local copy with --{options}.path"
             )
         case RemoteEntryNotFoundError() | FileNotFoundError():
-            line = f"there is no {name} at revision {revision}; correct data.dataset.hub_file"
+            line = f"there is no {name} at revision {revision}; correct {options}.hub_file"
         case ValueError():
-            line = f"data.dataset.hub_id must look like owner/name, got {hub_id!r}; correct it"
+            line = f"{options}.hub_id must look like owner/name, got {hub_id!r}; correct it"
         case _:
             line = f"{name} cannot be fetched ({' '.join(str(error).split())[:160]}); check the connection and the disk"
     return UserError(line)
