@@ -3,6 +3,10 @@
 import csv
 from pathlib import Path
 
+import pytest
+
+from qlora_lightning.cli import main
+
 
 def base_options(base: Path, rows: Path, root: Path) -> list[str]:
     """Options of every small run: fp32, four rows a step, no dropout, no W&B."""
@@ -27,3 +31,9 @@ def read_metrics(root: Path) -> list[dict[str, str]]:
     """Rows of a run's metrics.csv."""
     with (root / "metrics.csv").open() as file:
         return list(csv.DictReader(file))
+
+
+def line_of(capsys: pytest.CaptureFixture[str], *command: str) -> str:
+    """The last line of a command that must fail by the user's mistake."""
+    assert main(list(command)) == 2
+    return capsys.readouterr().err.strip().split("\n")[-1].removeprefix("qlora-lightning: ")

@@ -27,6 +27,8 @@ LAYERS = {
     "recipes": 0,
     "evaluation.verdicts": 0,
     "evaluation.ratings": 0,
+    "evaluation.released": 0,
+    "evaluation.matches": 0,
     "evaluation.elo": 0,
     "evaluation.reviews": 0,
     "evaluation.endpoint": 0,

@@ -40,7 +40,7 @@ The whole configuration is in `recipe.yaml`; the fingerprint of the base model's
 
 def adapter_card(metadata: dict[str, Any], folder: Path) -> str:
     """Markdown for the adapter folder ``folder`` from the metadata that is saved beside it."""
-    metrics = [f"| {name} | {value:.6g} |" for name, value in sorted(metadata["metrics"].items())]
+    metrics = [f"| {name} | {value:.6g} |" for name, value in metadata["metrics"].items()]
     data = metadata["data"]
     return CARD.format(
         folder=folder,

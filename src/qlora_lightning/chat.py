@@ -66,4 +66,4 @@ def _lines() -> Iterator[str]:
 def _stream(assistant: Assistant, conversation: Conversation, spec: GenerationSpec) -> str:
     ids, mask = assistant.encode([conversation])
     streamer = TextStreamer(assistant.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    return assistant.complete(ids, mask, spec, streamer)[0]
+    return assistant.complete(ids, mask, spec, numbers=[len(conversation)], streamer=streamer)[0].generation

@@ -1,6 +1,6 @@
 """Answers from a model with an adapter: batched, left-padded, stopped at the end of turn."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +10,8 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
+from qlora_lightning.answers import Answer
+from qlora_lightning.console import say
 from qlora_lightning.data.encoder import Encoder, encode_prompts
 from qlora_lightning.data.formats import Conversation
 from qlora_lightning.data.rendering import Renderer, load_renderer
@@ -17,6 +19,7 @@ from qlora_lightning.errors import UserError
 from qlora_lightning.modeling.loading import Storage
 from qlora_lightning.modeling.tokenizer import filler_id
 from qlora_lightning.modeling.trained import load_trained
+from qlora_lightning.sampling import samplers
 
 
 @dataclass
@@ -30,11 +33,11 @@ class GenerationSpec:
     top_p: float = 0.9
     """Sample from the likeliest tokens that together have this probability (only where temperature is above 0)."""
     seed: int = 0
-    """Seed of the sampling."""
+    """Seed of the sampling. An answer depends on it, on its prompt and on the prompt's number in the file, on no other answer."""
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1 or self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise UserError(f"need max_new_tokens >= 1, temperature >= 0 and 0 < top_p <= 1, got {self}")
+        if self.max_new_tokens < 1 or self.temperature < 0 or not 0 < self.top_p <= 1 or self.seed < 0:
+            raise UserError(f"need max_new_tokens >= 1, temperature >= 0, 0 < top_p <= 1 and seed >= 0, got {self}")
 
 
 @dataclass
@@ -50,62 +53,109 @@ class Assistant:
 
     def answer(self, conversations: Sequence[Conversation], spec: GenerationSpec) -> list[str]:
         """Answers to a batch of conversations that end with a user's message (or whose last answer is to be given anew)."""
-        return self.complete(*self.encode(conversations), spec)
+        return [answer.generation for answer in self.complete(*self.encode(conversations), spec)]
+
+    def answer_all(
+        self, conversations: Mapping[int, Conversation], spec: GenerationSpec, batch_size: int
+    ) -> Iterator[list[tuple[int, Answer]]]:
+        """Answers to numbered conversations, batch by batch; conversations of like length together, the longest first.
+
+        Answers depend on the batches only by the rounding of the arithmetic, which in bf16 now and then turns a word.
+
+        Raises:
+            UserError: a message spells a control token that the tokenizer cannot write as text.
+        """
+        prompts = dict(zip(conversations, self.tokens(list(conversations.values())), strict=True))
+        self._check_room(prompts.values(), spec)
+        order = sorted(prompts, key=lambda number: -len(prompts[number]))
+        for start in range(0, len(order), batch_size):
+            numbers = order[start : start + batch_size]
+            ids, mask = left_pad([prompts[number] for number in numbers], filler_id(self.tokenizer))
+            yield list(zip(numbers, self.complete(ids, mask, spec, numbers), strict=True))
+
+    def _check_room(self, prompts: Collection[Sequence[int]], spec: GenerationSpec) -> None:
+        """Say where answers may run beyond the positions that the model was trained for (where its configuration knows them)."""
+        positions = getattr(self.model.config, "max_position_embeddings", None)
+        beyond = sum(len(prompt) + spec.max_new_tokens > positions for prompt in prompts) if positions else 0
+        if beyond:
+            say(f"warning: {beyond} of {len(prompts)} prompts + {spec.max_new_tokens} new tokens pass the model's {positions:,} positions")
 
     @cached_property
     def _encoder(self) -> Encoder:
         """Made once: it copies the tokenizer's backend, which takes longer than to encode a prompt."""
         return Encoder.of(self.tokenizer, self.renderer)
 
-    def encode(self, conversations: Sequence[Conversation]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Left-padded prompts and their mask, both [B, T].
+    @cached_property
+    def _stop(self) -> list[int]:
+        """The tokens that end a turn."""
+        return [int(i) for i in self.tokenizer.convert_tokens_to_ids(self.renderer.end_tokens)]  # type: ignore[union-attr]
+
+    def tokens(self, conversations: Sequence[Conversation]) -> list[list[int]]:
+        """The token ids of what asks for each conversation's answer.
 
         Raises:
             UserError: a message spells a control token that the tokenizer cannot write as text.
         """
         renderings = [self.renderer.prompt(conversation) for conversation in conversations]
-        prompts = [ids.tolist() for ids in encode_prompts(self._encoder, renderings)]
-        return left_pad(prompts, filler_id(self.tokenizer))
+        return [ids.tolist() for ids in encode_prompts(self._encoder, renderings)]
+
+    def encode(self, conversations: Sequence[Conversation]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Left-padded prompts and their mask, both [B, T]; errors as in ``tokens``."""
+        return left_pad(self.tokens(conversations), filler_id(self.tokenizer))
 
     def complete(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, spec: GenerationSpec, streamer: BaseStreamer | None = None
-    ) -> list[str]:
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        spec: GenerationSpec,
+        numbers: Sequence[int] | None = None,
+        streamer: BaseStreamer | None = None,
+    ) -> list[Answer]:
         """Answers to left-padded prompts.
 
         Args:
             input_ids: [B, T] token ids.
             attention_mask: [B, T], 0 where a row is padding.
-            spec: How answers are drawn. The global random state is left as it was.
+            spec: How answers are drawn. The global random state is not used.
+            numbers: What tells the rows' random numbers apart, with the seed; by default 0 to B - 1.
             streamer: Receives the tokens of a single row as they come.
         """
         device = next(self.model.parameters()).device
-        # Everything is said: transformers fills what is left out from the base model's own settings, and greedy would not be greedy.
-        sampling: dict[str, Any] = {"do_sample": False, "repetition_penalty": 1.0, "num_beams": 1}
-        if spec.temperature > 0:
-            sampling |= {"do_sample": True, "temperature": spec.temperature, "top_p": spec.top_p, "top_k": 0}
-        stop = [int(i) for i in self.tokenizer.convert_tokens_to_ids(self.renderer.end_tokens)]  # type: ignore[union-attr]
-        config = GenerationConfig(
-            max_new_tokens=spec.max_new_tokens, eos_token_id=stop, pad_token_id=filler_id(self.tokenizer), use_cache=True, **sampling
-        )
-        was_training = self.model.training
+        width, was_training = input_ids.shape[1], self.model.training
+        numbers = range(len(input_ids)) if numbers is None else numbers
+        drawing = samplers(spec.temperature, spec.top_p, spec.seed, numbers, width, spec.max_new_tokens) if spec.temperature > 0 else None
         self.model.eval()
-        devices = [device] if device.type == "cuda" else []
-        with (
-            torch.random.fork_rng(devices),
-            torch.no_grad(),
-            torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32),
-        ):
-            torch.manual_seed(spec.seed)
+        with torch.no_grad(), torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
             tokens = self.model.generate(
-                input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), generation_config=config, streamer=streamer
+                input_ids=input_ids.to(device),
+                attention_mask=attention_mask.to(device),
+                generation_config=self._config(spec),
+                logits_processor=drawing,
+                streamer=streamer,
             )
         self.model.train(was_training)
-        return [self._text(row, stop) for row in tokens[:, input_ids.shape[1] :].tolist()]
+        return [self._answer(row) for row in tokens[:, width:].tolist()]
 
-    def _text(self, ids: list[int], stop: list[int]) -> str:
+    def _config(self, spec: GenerationSpec) -> GenerationConfig:
+        """Greedy, as ``samplers`` leaves one token to choose from.
+
+        Everything is said: transformers fills what is left out from the base model's own settings, and greedy would not be greedy.
+        """
+        return GenerationConfig(
+            max_new_tokens=spec.max_new_tokens,
+            eos_token_id=self._stop,
+            pad_token_id=filler_id(self.tokenizer),
+            use_cache=True,
+            do_sample=False,
+            repetition_penalty=1.0,
+            num_beams=1,
+        )
+
+    def _answer(self, ids: list[int]) -> Answer:
         """Text up to the end of turn. Cut by id: after it a row holds only filler."""
-        end = next((index for index, token in enumerate(ids) if token in stop), len(ids))
-        return str(self.tokenizer.decode(ids[:end], skip_special_tokens=True)).strip()
+        end = next((index for index, token in enumerate(ids) if token in self._stop), None)
+        text = str(self.tokenizer.decode(ids[:end], skip_special_tokens=True)).strip()
+        return Answer(text, len(ids), "length") if end is None else Answer(text, end + 1, "stop")
 
 
 def left_pad(prompts: Sequence[Sequence[int]], filler: int) -> tuple[torch.Tensor, torch.Tensor]:

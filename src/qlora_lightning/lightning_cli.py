@@ -3,23 +3,29 @@
 import json
 import signal
 import sys
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from rich.markup import escape
 from rich.table import Table
 
 from qlora_lightning.callbacks.adapter_checkpoint import FOLDER, AdapterCheckpoint
 from qlora_lightning.callbacks.announce import Announce
+from qlora_lightning.callbacks.mmlu import MMLU
+from qlora_lightning.callbacks.mmlu import show as show_mmlu
 from qlora_lightning.callbacks.monitor import Monitor
+from qlora_lightning.callbacks.predictions import Predictions
 from qlora_lightning.callbacks.progress import RunProgress
 from qlora_lightning.callbacks.random_state import RandomState
 from qlora_lightning.callbacks.resume import Resume
-from qlora_lightning.callbacks.samples import Samples, asked
+from qlora_lightning.callbacks.samples import Samples
 from qlora_lightning.callbacks.validation import ValidateEvery
 from qlora_lightning.console import console, say
 from qlora_lightning.data.datamodule import InstructionDataModule
@@ -124,6 +130,8 @@ class QLoRACLI(LightningCLI):
         parser.add_lightning_class_args(AdapterCheckpoint, "checkpoint")
         parser.add_lightning_class_args(ValidateEvery, "validation")
         parser.add_lightning_class_args(Samples, "samples")
+        parser.add_lightning_class_args(Predictions, "generation")
+        parser.add_lightning_class_args(MMLU, "mmlu")
         parser.add_argument("--overwrite", type=bool, default=False, help="Delete the run that the run folder holds and begin anew (fit).")
         parser.add_argument(
             "--json", type=bool, default=False, help="Print results as one JSON document on standard output (validate, test)."
@@ -194,6 +202,9 @@ class QLoRACLI(LightningCLI):
         self.datamodule.setup("fit")
 
     def before_validate(self) -> None:
+        self._mmlu.read()
+        if self._mmlu.wanted:  # there is something to score on without held-out rows
+            self.datamodule.heldout = "unused" if self.trainer.limit_val_batches == 0 else "optional"
         self.datamodule.setup("validate")
 
     def before_test(self) -> None:
@@ -204,36 +215,42 @@ class QLoRACLI(LightningCLI):
 
     # ---- after ----
 
+    @property
+    def _mmlu(self) -> MMLU:
+        mmlu: MMLU = self._get(self.config_init, "mmlu")
+        return mmlu
+
     def after_validate(self) -> None:
-        self._report()
+        if not self._mmlu.wanted:
+            self._report()
+            return
+        source = self.initial_adapter or Path(self._get(self.config, "ckpt_path") or "base")
+        scores = self._mmlu.evaluate(self.trainer, self.model, source.stem)
+        self._report(scores.metrics())
+        if not self._get(self.config, "json"):
+            show_mmlu(scores)
 
     def after_test(self) -> None:
         self._report()
 
-    def _report(self) -> None:
+    def _report(self, more: Mapping[str, float] = MappingProxyType({})) -> None:
+        """Print what was measured; ``more`` of it in the JSON document alone."""
         metrics = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
         if self._get(self.config, "json"):
-            print(json.dumps(metrics))
+            print(json.dumps({**metrics, **more}))
+            return
+        if not metrics:
             return
         table = Table(title=f"{self.subcommand} of {self.initial_adapter or self._get(self.config, 'ckpt_path') or self.model.base_model}")
         table.add_column("metric")
         table.add_column("value", justify="right")
-        for name, value in sorted(metrics.items()):
-            table.add_row(name, f"{value:.6g}")
+        for name, value in metrics.items():
+            table.add_row(escape(name), f"{value:.6g}")
         console.print(table)
 
     def predict(self, **kwargs: Any) -> None:
-        """Write the answers to the held-out prompts into the run folder."""
-        kwargs["return_predictions"] = True
-        batches: Any = self.trainer.predict(**kwargs)
-        answers = [answer for batch in batches for answer in batch]
-        conversations = self.datamodule.heldout_conversations(len(answers))
-        target = self.root / "predictions.jsonl"
-        with target.open("w", encoding="utf-8") as file:
-            for conversation, answer in zip(conversations, answers, strict=True):
-                row = {"prompt": asked(conversation), "generation": answer, "reference": conversation[-1].content}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        say(f"{len(answers)} answers: {target}")
+        """Answer the held-out prompts; ``Predictions`` writes them as they come, so that none need be kept."""
+        self.trainer.predict(**{**kwargs, "return_predictions": False})
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -17,8 +17,10 @@ from peft import PeftModel
 from torch import Tensor
 from torch.optim import Optimizer
 
+from qlora_lightning.answers import Answer
 from qlora_lightning.console import console, say
 from qlora_lightning.data.dataset import IGNORED
+from qlora_lightning.data.heldout import HeldoutSums, heldout_metrics, heldout_names
 from qlora_lightning.errors import UserError
 from qlora_lightning.generation import Assistant, GenerationSpec
 from qlora_lightning.modeling.adapters import LoRASpec, attach_lora, check_adapter_shapes, load_adapter, norms_to_fp32
@@ -74,9 +76,11 @@ class QLoRAModule(LightningModule):
         self.compute = compute
         self.initial_adapter: Path | None = None
         """Adapter folder whose weights replace the fresh ones, set before the Trainer runs."""
+        self.generation = GenerationSpec()
+        """How ``predict`` draws answers, set before it starts."""
         self.strict_loading = False  # a checkpoint never holds the frozen base; on_load_checkpoint compares what it does hold
         self._step_loss: Tensor | float = 0.0
-        self._validation_sums: list[Tensor] = []
+        self._heldout = HeldoutSums()
 
     @property
     def dtype_of_compute(self) -> torch.dtype:
@@ -148,12 +152,21 @@ class QLoRAModule(LightningModule):
         Returns:
             Scalar; 0 with a graph where nothing is supervised.
         """
+        return self._cross_entropy(batch, "sum")
+
+    def cross_entropy_by_row(self, batch: dict[str, Any]) -> Tensor:
+        """As ``cross_entropy_sum``, of each row by itself: [B] float64."""
+        shape_BP = (len(batch["labels"]), len(batch["logit_positions"]))
+        return self._cross_entropy(batch, "none").view(shape_BP).double().sum(1)
+
+    def _cross_entropy(self, batch: dict[str, Any], reduction: str) -> Tensor:
+        """Of all positions that are scored [B * P], or their sum; 0 where nothing is supervised."""
         positions = batch["logit_positions"]
         targets_BP = batch["labels"][:, positions + 1]
         inputs = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
         with self.autocast():
             logits_BPV = self.model(**inputs, logits_to_keep=positions, use_cache=False).logits
-        return F.cross_entropy(logits_BPV.flatten(0, 1).float(), targets_BP.flatten(), ignore_index=IGNORED, reduction="sum")
+        return F.cross_entropy(logits_BPV.flatten(0, 1).float(), targets_BP.flatten(), ignore_index=IGNORED, reduction=reduction)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """This microbatch's share of the step's loss.
@@ -188,9 +201,8 @@ class QLoRAModule(LightningModule):
     # ---- evaluation ----
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Add the batch's cross-entropy and number of supervised tokens to the sums."""
-        tokens = torch.tensor(batch["num_supervised"], dtype=torch.float64)
-        self._validation_sums.append(torch.stack([self.cross_entropy_sum(batch).double().cpu(), tokens]))
+        """Add each row's cross-entropy and number of supervised tokens to the sums of its set and length."""
+        self._heldout.add(self.cross_entropy_by_row(batch), batch["row_targets"], batch["row_sets"], batch["row_lengths"])
 
     def on_validation_epoch_end(self) -> None:
         self._log_validation("val")
@@ -202,18 +214,19 @@ class QLoRAModule(LightningModule):
         self._log_validation("test")
 
     def _log_validation(self, stage: str) -> None:
-        """Token-weighted loss over all batches (and ranks), whatever their size."""
-        loss_sum, tokens = self.trainer.strategy.reduce(torch.stack(self._validation_sums).sum(0), reduce_op="sum")
-        self._validation_sums.clear()
-        loss = loss_sum / tokens
-        self.log(f"{stage}/loss", loss.float())
-        self.log(f"{stage}/perplexity", loss.exp().float())
+        """Token-weighted loss over all batches (and ranks), whatever their size; also by set and by length."""
+        names = heldout_names(self.trainer.datamodule.sets)  # type: ignore[attr-defined]
+        table = self._heldout.table(len(names)).to(self.trainer.strategy.root_device)
+        self._heldout = HeldoutSums()
+        metrics = heldout_metrics(self.trainer.strategy.reduce(table, reduce_op="sum").cpu(), names)
+        self.log_dict({f"{stage}/{name}": value for name, value in metrics.items()})
 
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[str]:
-        """Greedy answers to a batch of left-padded prompts: ``input_ids``, ``attention_mask`` [B, T]."""
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[Answer]:
+        """Answers to a batch of left-padded prompts, ``input_ids`` and ``attention_mask`` [B, T], drawn as ``generation`` says."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         assistant = Assistant(self.model, data.tokenizer, data.renderer, self._compute_dtype)
-        return assistant.complete(batch["input_ids"], batch["attention_mask"], GenerationSpec())
+        numbers = self.trainer.predict_loop.current_batch_indices
+        return assistant.complete(batch["input_ids"], batch["attention_mask"], self.generation, numbers)
 
     # ---- state ----
 

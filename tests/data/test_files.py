@@ -284,4 +284,3 @@ def test_json_lines_under_the_name_of_a_list_are_read(tmp_path: Path) -> None:
     (tmp_path / "r.json").write_text('{"prompt": "a"}\n{"prompt" "b"}\n')
     with pytest.raises(UserError, match=r"r\.json:2: broken JSON"):
         list(read_rows(tmp_path / "r.json"))
-

@@ -1,18 +1,23 @@
 """What a run is going to do, before the model loads, and where its result lies, at the end."""
 
 import time
+from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from qlora_lightning.callbacks.adapter_checkpoint import run_checkpoints
 from qlora_lightning.callbacks.monitor import peak_memory_gib
+from qlora_lightning.callbacks.run_files import write_audit
 from qlora_lightning.console import console, say
 from qlora_lightning.module import QLoRAModule
 from qlora_lightning.plan import plan_run, plan_table
 
 
 class Announce(Callback):
-    """Print the plan of a fit when its data is ready, held-out loss before training, and a summary with the command to go on with."""
+    """Print the plan of a fit when its data is ready, held-out loss before training, and a summary with the command to go on with.
+
+    What the data is also goes into the run folder, as ``audit.json``.
+    """
 
     def __init__(self) -> None:
         self._began = time.perf_counter()
@@ -23,6 +28,11 @@ class Announce(Callback):
         if stage == "fit":
             console.print(plan_table(plan_run(trainer, pl_module, trainer.datamodule)))  # type: ignore[attr-defined]
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """With the model loaded: what fails until then must not touch an earlier run's folder."""
+        if trainer.is_global_zero:
+            write_audit(Path(trainer.default_root_dir), trainer.datamodule, trainer.accumulate_grad_batches)  # type: ignore[attr-defined]
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep and say each held-out loss. The first is of the untrained model, of which Lightning logs nothing, so it is logged here."""
         if trainer.state.fn != "fit" or "val/loss" not in trainer.callback_metrics:
@@ -31,8 +41,9 @@ class Announce(Callback):
         if trainer.sanity_checking:
             if trainer.num_sanity_val_steps != float("inf"):
                 return  # a part of the held-out rows only: not to be compared
+            metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
             for logger in trainer.loggers:
-                logger.log_metrics({"val/loss": loss, "val/perplexity": float(trainer.callback_metrics["val/perplexity"])}, step=0)
+                logger.log_metrics(metrics, step=0)
         self._heldout.append((trainer.global_step, loss))
         say(f"Held-out loss {'before training' if trainer.sanity_checking else f'after step {trainer.global_step}'}: {loss:.4f}")
 

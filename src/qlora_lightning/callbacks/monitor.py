@@ -4,6 +4,8 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -45,7 +47,11 @@ class Monitor(Callback):
         self._evaluation_began = time.perf_counter()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._started += time.perf_counter() - self._evaluation_began  # time spent there is not a training step's
+        self.leave_out(time.perf_counter() - self._evaluation_began)
+
+    def leave_out(self, seconds: float) -> None:
+        """Count so many seconds that have just passed as no training step's."""
+        self._started += seconds
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._tokens += batch["num_tokens"]
@@ -61,6 +67,19 @@ class Monitor(Callback):
             self._said = True
             say_optimizer_state(trainer.optimizers[0])
         self._step, self._started, self._tokens, self._supervised = trainer.global_step, now, 0, 0
+
+
+@contextmanager
+def between_steps(trainer: Trainer) -> Iterator[None]:
+    """Time spent in here, in a callback's ``on_train_batch_end``, is no training step's: throughput leaves it out."""
+    device = trainer.strategy.root_device
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # what is still to be computed is the step's
+    began = time.perf_counter()
+    yield
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, Monitor):
+            callback.leave_out(time.perf_counter() - began)
 
 
 def check_finite(module: LightningModule, step: int) -> None:

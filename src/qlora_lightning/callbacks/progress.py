@@ -249,12 +249,27 @@ class RunProgress(ProgressBar):
         if new_loader:
             self._remove_evaluation_bar()
             self._evaluation = Pace(_whole(batches), 0, now)
-        self._evaluation.advance(batch_idx + 1, now)
+        self._show_evaluation(name, batch_idx + 1, now)
+
+    def _show_evaluation(self, name: str, done: int, now: float) -> None:
+        self._evaluation.advance(done, now)
         if self._start():
             self._update_evaluation_bar(name)
         elif self.is_enabled and now - self._printed_at >= self.every_n_seconds:
             say(f"{name} {self._evaluation}  {self._evaluation.times(now)}")
             self._printed_at = now
+
+    def count(self, name: str, done: int, of: int) -> None:
+        """Progress of other work that a run does, from 0 done to all."""
+        if done == 0:
+            self._remove_evaluation_bar()
+            self._evaluation = Pace(of, 0, time.monotonic())
+            return
+        self._show_evaluation(name, done, time.monotonic())
+        if done == of:
+            self._remove_evaluation_bar()
+            if self._train_bar is None:
+                self._stop()
 
     def _update_evaluation_bar(self, name: str) -> None:
         assert self._bars is not None

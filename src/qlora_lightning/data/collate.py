@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qlora_lightning.data.dataset import IGNORED, TokenizedExample
+from qlora_lightning.data.heldout import HeldoutExample
 from qlora_lightning.data.steps import Microbatch
 
 
@@ -35,6 +36,17 @@ class Batch(TypedDict):
     """Supervised targets of this microbatch."""
     position_ids: NotRequired[Tensor]
     """[B, T] int64, where some row holds several examples: from 0 in each example and in the padding; so a model tells them apart."""
+
+
+class HeldoutBatch(Batch):
+    """Examples to score. What is known of each row is a plain number, which no device has to be asked for."""
+
+    row_sets: list[int]
+    """Of each row, the number of its set among those that have held-out rows."""
+    row_lengths: list[int]
+    """Tokens of each row without padding."""
+    row_targets: list[int]
+    """Supervised targets of each row."""
 
 
 class PromptBatch(TypedDict):
@@ -79,6 +91,16 @@ class Collator:
             tokens_in_step=count,
             num_tokens=int(lengths.sum()),
             num_supervised=count,
+        )
+
+    def heldout(self, examples: Sequence[HeldoutExample]) -> HeldoutBatch:
+        """A batch to score, which tells its rows apart."""
+        batch = self.evaluation([one.example for one in examples])
+        return HeldoutBatch(
+            **batch,
+            row_sets=[one.set for one in examples],
+            row_lengths=[len(one.example.input_ids) for one in examples],
+            row_targets=(batch["labels"][:, 1:] != IGNORED).sum(1).tolist(),
         )
 
     def prompts(self, prompts: Sequence[npt.NDArray[np.int32]]) -> PromptBatch:

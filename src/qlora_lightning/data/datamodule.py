@@ -3,18 +3,18 @@
 from collections.abc import Callable
 from hashlib import sha256
 from itertools import chain, islice
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 from qlora_lightning.data.collate import Collator
 from qlora_lightning.data.dataset import DataReport, TokenizedDataset
 from qlora_lightning.data.encoder import Encoder, encode_prompts
 from qlora_lightning.data.formats import Conversation
+from qlora_lightning.data.heldout import HeldoutExamples
 from qlora_lightning.data.packing import check_pack_length
 from qlora_lightning.data.rendering import Renderer, load_renderer
 from qlora_lightning.data.sets import InstructionSet, RowSet, merged, with_style_of
@@ -105,6 +105,8 @@ class InstructionDataModule(LightningDataModule):
         self.train_report: DataReport | None = None
         self.val_set: TokenizedDataset | None = None
         self.val_report: DataReport | None = None
+        self.heldout: Literal["required", "optional", "unused"] = "required"
+        """Whether ``validate`` needs held-out rows; unused: it reads no rows at all, the tokenizer alone."""
         self._pack_length = pack_length
         self._processes = num_proc or usable_cores()
 
@@ -121,6 +123,9 @@ class InstructionDataModule(LightningDataModule):
         Raises:
             UserError: files, rows or the template are wrong, or ``stage`` needs validation rows and there are none.
         """
+        if stage == "validate" and self.heldout == "unused":
+            self._load_style()
+            return
         self._open()
         held = [(part, 1.0) for one in self.sets if (part := one.validation) is not None]
         if held and self.val_set is None:
@@ -130,7 +135,7 @@ class InstructionDataModule(LightningDataModule):
             self._check_pack_length()
         if stage in (None, "fit") and self.streaming:
             self._streamed.check()
-        if self.val_set is None and stage in ("validate", "test", "predict"):
+        if self.val_set is None and stage in ("validate", "test", "predict") and self.heldout == "required":
             raise UserError(
                 "validate, test and predict need validation rows, but the data set has none; "
                 "set --data.dataset.validation_size or --data.dataset.validation_path"
@@ -139,13 +144,16 @@ class InstructionDataModule(LightningDataModule):
     def _open(self) -> None:
         if self.sets:
             return
-        self.tokenizer = load_tokenizer(self.base_model, self.base_revision)
-        self.renderer = load_renderer(self.spec.template, self.tokenizer)
+        self._load_style()
         if self.streaming:
             self._open_stream()
             return
         specs = [(self.spec, 1.0), *((with_style_of(self.spec, part), part.weight) for part in self.mix)]
         self.sets = [InstructionSet(spec, self.tokenizer, self._processes, self.seed, weight) for spec, weight in specs]
+
+    def _load_style(self) -> None:
+        self.tokenizer = load_tokenizer(self.base_model, self.base_revision)
+        self.renderer = load_renderer(self.spec.template, self.tokenizer)
 
     def _open_stream(self) -> None:
         if self.mix:
@@ -224,9 +232,7 @@ class InstructionDataModule(LightningDataModule):
         """Validation batches, longest examples first; no loader where there are no validation rows."""
         if self.val_set is None:
             return []
-        order = np.argsort(-self.val_set.lengths, kind="stable").tolist()
-        examples: Any = self.val_set
-        return self._loader(Subset(examples, order), self._collator.evaluation)
+        return self._loader(HeldoutExamples(self.val_set), self._collator.heldout)
 
     def test_dataloader(self) -> DataLoader[Any] | list[Any]:
         """The validation rows: an instruction set has no third part."""

@@ -1,0 +1,52 @@
+"""Answers from any OpenAI-compatible server, for ``generate``."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from qlora_lightning.answers import Answer
+from qlora_lightning.data.formats import Conversation
+from qlora_lightning.data.rendering import whole_text
+from qlora_lightning.errors import UserError
+from qlora_lightning.evaluation.endpoint import ChatRequest, Endpoint, EndpointSpec
+from qlora_lightning.generation import GenerationSpec
+
+
+class ServerAnswerer:
+    """A model behind a server, which writes conversations in a template of its own."""
+
+    system_prompt: str | None = None
+
+    def __init__(self, spec: EndpointSpec) -> None:
+        self._spec = spec
+
+    def identity(self) -> dict[str, Any]:
+        """What its answers depend on, as far as it can be known from here."""
+        return {"base_url": self._spec.base_url, "server_model": self._spec.model}
+
+    def answers(self, conversations: Mapping[int, Conversation], spec: GenerationSpec) -> Iterator[list[tuple[int, Answer]]]:
+        """Answers to numbered conversations as they come, one by one.
+
+        Raises:
+            UserError: the server refuses, or some requests failed for good; once all others are answered.
+        """
+        endpoint = Endpoint(self._spec)
+        endpoint.check()
+        failures: list[str | None] = []
+        for number, reply in endpoint.replies((number, request(one, spec, number)) for number, one in conversations.items()):
+            if reply.text is None:
+                failures.append(reply.error)
+            else:
+                yield [(number, Answer(reply.text, reply.completion_tokens, reply.finish_reason or "unknown"))]
+        if failures:
+            raise UserError(
+                f"{len(failures)} of {len(conversations)} requests failed, the last one with: {failures[-1]}; "
+                "the same command (without --overwrite) asks them again and keeps the others"
+            )
+
+
+def request(conversation: Conversation, spec: GenerationSpec, number: int) -> ChatRequest:
+    """What the server is asked. Servers draw an answer from one seed: it is the spec's and the prompt's number together."""
+    said = [{"role": message.role, "content": whole_text(message)} for message in conversation]
+    if spec.temperature == 0:
+        return ChatRequest(said, spec.max_new_tokens, 0.0)
+    return ChatRequest(said, spec.max_new_tokens, spec.temperature, spec.top_p, spec.seed + number)

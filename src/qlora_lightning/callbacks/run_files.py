@@ -1,0 +1,66 @@
+"""Files that a run leaves in its folder beside metrics and checkpoints: ``audit.json`` and ``samples.jsonl``."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from qlora_lightning.data.account import account
+from qlora_lightning.data.audit import padding_waste
+from qlora_lightning.data.datamodule import InstructionDataModule
+from qlora_lightning.data.steps import StepShape
+
+AUDIT_FILE, SAMPLES_FILE = "audit.json", "samples.jsonl"
+SAMPLE_COLUMNS = ("step", "prompt", "generation", "reference")
+"""Of ``samples.jsonl`` and of the table in W&B. step: optimizer steps taken, 0 before training."""
+
+
+def write_audit(root: Path, data: InstructionDataModule, accumulate: int) -> None:
+    """Write what a fit's data is into ``root/audit.json``.
+
+    It holds {"sets": [...], "layout", "padding"}. sets: an entry for each set and part, see ``account``. layout: random, grouped or packed.
+    padding: the share of the batches that is padding, expected from the first epoch's plan; null for a stream, which has no plan.
+
+    Args:
+        root: the run folder.
+        data: the data module, set up for the fit.
+        accumulate: the trainer's accumulate_grad_batches.
+    """
+    content = {"sets": account(data.sets), "layout": _layout(data), "padding": None if data.streaming else _padding(data, accumulate)}
+    _write_whole(root / AUDIT_FILE, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def _layout(data: InstructionDataModule) -> str:
+    if data.packing:
+        return "packed"
+    return "grouped" if data.group_by_length and not data.streaming else "random"
+
+
+def _padding(data: InstructionDataModule, accumulate: int) -> float:
+    shape = StepShape(data.global_batch_size, accumulate, pack_length=data.pack_length)
+    return padding_waste(data.train_set, shape, data.pad_to_multiple_of, data.seed, data.group_by_length)
+
+
+def read_samples(root: Path) -> list[dict[str, Any]]:
+    """The rows of ``root/samples.jsonl``; none where there is no such file."""
+    path = root / SAMPLES_FILE
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8") as file:  # not `splitlines`, which also splits where a text holds U+2028
+        return [json.loads(line) for line in file]
+
+
+def write_samples(root: Path, rows: list[dict[str, Any]]) -> None:
+    """Write ``rows`` (keys ``SAMPLE_COLUMNS``) in place of the old file: whole, so that a kill never leaves half a step."""
+    _write_whole(root / SAMPLES_FILE, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def drop_samples_after(root: Path, step: int) -> None:
+    """Drop the rows of later steps than ``step``, which a run that goes on from there will write again; -1 drops all."""
+    if rows := read_samples(root):
+        write_samples(root, [row for row in rows if row["step"] <= step])
+
+
+def _write_whole(path: Path, text: str) -> None:
+    beside = path.with_name(path.name + ".partial")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
