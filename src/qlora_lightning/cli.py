@@ -25,6 +25,13 @@ PARSING_COMMANDS = {
 PLAIN_COMMANDS: dict[str, tuple[str | dict[str, str], str]] = {
     "chat": ("qlora_lightning.chat:chat", "talk to a base model with an adapter"),
     "generate": ("qlora_lightning.answering:generate", "answer a file of prompts, as JSON Lines"),
+    "perplexity": ("qlora_lightning.evaluation.perplexity:perplexity", "perplexity on any text, by strided windows"),
+    "crows-pairs": ("qlora_lightning.evaluation.crows_pairs:crows_pairs", "bias in nine categories, by likelihood (CrowS-Pairs)"),
+    "evaluate": ("qlora_lightning.evaluation.harness:evaluate", "any task of lm-evaluation-harness, on a base with its adapter"),
+    "judge": ("qlora_lightning.evaluation.judge:judge", "let a model judge answers against each other, as JSON Lines"),
+    "elo": ("qlora_lightning.evaluation.tournament:elo", "ratings of models from verdicts, with intervals, a picture and a report"),
+    "agreement": ("qlora_lightning.evaluation.agreement:agreement", "how far judges agree: Kendall, Spearman, Fleiss"),
+    "report": ("qlora_lightning.report.command:report", "one HTML page of one or several runs"),
     "recipes": (
         {
             "list": "qlora_lightning.recipes:recipes_list",
@@ -37,7 +44,7 @@ PLAIN_COMMANDS: dict[str, tuple[str | dict[str, str], str]] = {
 }
 
 
-SWITCHES = ("--json", "--overwrite", "--strict")
+SWITCHES = ("--json", "--overwrite", "--strict", "--orders", "--dry_run")
 EVAL_PACKAGES = ("lm_eval", "matplotlib", "openai", "scipy", "statsmodels")
 """What the extra ``eval`` installs."""
 
@@ -88,11 +95,13 @@ def _run(arguments: list[str]) -> int:
 def _run_plain(command: str, arguments: list[str]) -> int:
     from jsonargparse import auto_cli, set_parsing_settings
 
-    from qlora_lightning.parser import OneLineParser
+    from qlora_lightning.parser import OneLineParser, gather_lists
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True, parse_optionals_as_positionals=True)
     target, summary = PLAIN_COMMANDS[command]
     component: Any = _load(target) if isinstance(target, str) else {name: _load(path) for name, path in target.items()}
+    if isinstance(target, str):
+        arguments = gather_lists(component, arguments)
     result = auto_cli(
         component, args=arguments, as_positional=False, parser_class=OneLineParser, prog=f"qlora-lightning {command}", description=summary
     )

@@ -1,7 +1,10 @@
 """jsonargparse with errors of one line: the key as the user wrote it, and the nearest key there is."""
 
 import difflib
+import inspect
+import json
 import re
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
@@ -47,3 +50,30 @@ class OneLineParser(ArgumentParser):
     def _all_parsers(self) -> list[ArgumentParser]:
         subcommands: Any = self._subcommands_action
         return [self, *(subcommands._name_parser_map.values() if subcommands else [])]
+
+
+def gather_lists(function: Callable[..., Any], arguments: list[str]) -> list[str]:
+    """Arguments in which every parameter ``list[str]`` of ``function`` is one JSON list, as jsonargparse wants it.
+
+    A user writes ``--ratings A B``; where the first parameter is such a list, also ``A B`` without its name.
+    """
+    parameters = inspect.signature(function).parameters
+    lists: dict[str, list[str]] = {name: [] for name, one in parameters.items() if one.annotation in (list[str], list[str] | None)}
+    if not lists:
+        return arguments
+    unnamed = next(iter(parameters))
+    rest, option = [], ""  # the option whose value comes next: of a list until another option comes, else once
+    for argument in arguments:
+        if argument.startswith("--") or argument == "-h":
+            name, equals, value = argument.removeprefix("--").partition("=")
+            option = "" if equals else name
+            if name not in lists or value.startswith("["):
+                rest.append(argument)
+            elif equals:
+                lists[name].append(value)
+        elif option in lists or (not option and unnamed in lists):
+            lists[option or unnamed].append(argument)
+        else:
+            rest.append(argument)
+            option = ""
+    return [*(f"--{name}={json.dumps(values)}" for name, values in lists.items() if values), *rest]
