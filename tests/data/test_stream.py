@@ -1,5 +1,6 @@
 """Training on a stream: whole steps without an epoch, the same for every division, and exact after a resume."""
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,28 @@ def test_microbatches_packing_and_workers_do_not_change_the_steps(make_data: Dat
     assert sum(len(rows) for _, rows, _ in divided.seen) == 25 * options["accumulate_grad_batches"]  # rows, of 100 examples
     assert answers(packed, divided) == answers(plain, whole)
     assert {(step, tokens) for step, _, tokens in divided.seen} == {(step, tokens) for step, _, tokens in whole.seen}
+
+
+def test_a_worker_does_not_wait_for_threads_that_its_parent_has(
+    make_data: DataMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fork leaves the threads of the parent's tokenizers behind: with them in use, a worker once waited for ever."""
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    data = make_data(num_workers=1)
+    data.setup("fit")
+    data.tokenizer(["text"] * 64)  # starts the threads
+
+    def late(*_: object) -> None:
+        raise TimeoutError("the worker gave nothing in a minute")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(60)
+    try:
+        _, used = run(tmp_path, data)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    assert used.global_step == 25
 
 
 @pytest.mark.parametrize("workers", [0, 1])

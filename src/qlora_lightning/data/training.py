@@ -9,6 +9,7 @@ from qlora_lightning.data.collate import Collator
 from qlora_lightning.data.dataset import TokenizedDataset
 from qlora_lightning.data.steps import ResumableLoader, StepDataset, StepLoader, StepSampler, StepShape, epoch_size, own_generator
 from qlora_lightning.data.stream import StreamedSet, StreamedSteps
+from qlora_lightning.data.workers import tokenize_alone
 from qlora_lightning.errors import UserError
 
 
@@ -106,5 +107,6 @@ class StreamedTraining:
             batch_size=None,
             collate_fn=collator.train,  # type: ignore[arg-type]  # of single items, as there is no batch size
             num_workers=min(num_workers, 1),  # more would each read the whole stream
+            worker_init_fn=tokenize_alone,
             generator=own_generator(self._seed),
         )

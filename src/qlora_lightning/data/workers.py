@@ -62,8 +62,13 @@ def _by_pool(work: RowTokenizer, batches: Iterator[list[Unit]], processes: int) 
 def _start(work: RowTokenizer) -> None:
     global _work
     _work = work
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    tokenize_alone()  # the processes are the parallelism
     threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def tokenize_alone(worker: int = 0) -> None:
+    """Keep tokenizers to one thread in this process: after a fork it would wait for threads that only its parent has."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def _end_with_parent() -> None:
