@@ -16,6 +16,7 @@ import torch
 from qlora_lightning.evaluation.mmlu import Answers, MMLUTest, context_length
 from qlora_lightning.evaluation.mmlu_data import Exam
 from qlora_lightning.evaluation.mmlu_scores import Score
+from qlora_lightning.modeling.positions import positions_of
 from qlora_lightning.modeling.trained import load_trained
 
 GIB = 2**30
@@ -46,7 +47,7 @@ def main() -> None:
     for storage in arguments.storages:
         trained = load_trained(None, arguments.base, storage)
         began = time.perf_counter()
-        test = MMLUTest(questions, trained.tokenizer, arguments.style, context_length(trained.model, None))
+        test = MMLUTest(questions, trained.tokenizer, arguments.style, context_length(positions_of(trained.model.config), None))
         tokens, encoding = sum(len(prompt.ids) for prompt in test.prompts), time.perf_counter() - began
         for size in arguments.batch_tokens:
             for share in arguments.share:

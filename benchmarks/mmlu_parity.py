@@ -33,6 +33,7 @@ from qlora_lightning.evaluation.harness_tasks import find_tasks, prepare_tasks
 from qlora_lightning.evaluation.mmlu import MMLUTest, context_length
 from qlora_lightning.evaluation.mmlu_data import Exam
 from qlora_lightning.modeling.loading import Storage, load_stored
+from qlora_lightning.modeling.positions import positions_of
 from qlora_lightning.modeling.tokenizer import load_tokenizer
 from qlora_lightning.modeling.trained import TrainedModel
 
@@ -115,7 +116,7 @@ def our_answers(
     sheets = {}
     for subject in subjects:
         questions = Exam(path=str(folder), shots=shots, subjects=[subject], limit=limit).read()
-        test = MMLUTest(questions, trained.tokenizer, style, context_length(trained.model, None))
+        test = MMLUTest(questions, trained.tokenizer, style, context_length(positions_of(trained.model.config), None))
         with trained.computing():
             answers = test.answers(trained.model)
         cut = sum(prompt.dropped > 0 or not prompt.fits for prompt in test.prompts)

@@ -1,19 +1,27 @@
 """Answering files of prompts."""
 
 import json
+import re
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+from rich.console import Console
 from running import base_options, line_of
 
+from qlora_lightning import answering
+from qlora_lightning.answer_file import Answer
 from qlora_lightning.answering import Pace
-from qlora_lightning.answers import Answer
+from qlora_lightning.callbacks.predictions import Predictions
 from qlora_lightning.cli import main
-from qlora_lightning.data.formats import Conversation
+from qlora_lightning.data.formats import Conversation, Message
 from qlora_lightning.generation import Assistant, GenerationSpec
+from qlora_lightning.module import QLoRAModule
 
 
 def rows_of(file: Path) -> list[dict[str, Any]]:
@@ -67,9 +75,22 @@ def test_output_that_is_a_folder(prompts: Path, tmp_path: Path, capsys: pytest.C
     assert line == f"output {tmp_path} is a folder; give the name of a file in it"
 
 
+def test_answers_never_replace_their_prompts(prompts: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = line_of(capsys, "generate", str(prompts), str(prompts), "--base_model", str(tiny_base), "--overwrite")
+    assert line == f"answers must not take the place of their prompts, got {prompts} for both; give another name"
+    assert prompts.read_text() == "Hi\n\nAnd you?\n"
+
+
 def test_an_unknown_way_of_sampling(prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = line_of(capsys, "generate", str(prompts), str(tmp_path / "out.jsonl"), "--sampling", "nucleus")
     assert line.startswith("sampling: ") and "'greedy', 'paper'" in line and "nucleus" in line
+
+
+def test_a_misspelt_template_costs_no_model(prompts: Path, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["generate", str(prompts), str(tmp_path / "out.jsonl"), "--base_model", str(tiny_base), "--template", "chatmll"]
+    assert main(command) == 2
+    err = capsys.readouterr().err
+    assert "got 'chatmll', nearest is chatml" in err and "Loading" not in err
 
 
 def test_unreadable_prompts_cost_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -80,7 +101,7 @@ def test_unreadable_prompts_cost_no_model(tmp_path: Path, capsys: pytest.Capture
 def drawn_with(spec: list[GenerationSpec], monkeypatch: pytest.MonkeyPatch) -> None:
     """Answer nothing, but note how."""
 
-    def noted(self: Assistant, conversations: Mapping[int, Conversation], how: GenerationSpec, batch_size: int) -> Iterator[Any]:
+    def noted(self: Assistant, conversations: Mapping[int, Conversation], how: GenerationSpec, *_: Any) -> Iterator[Any]:
         spec.append(how)
         yield [(number, Answer("a", 1, "stop")) for number in conversations]
 
@@ -194,6 +215,35 @@ def test_answers_of_other_settings_are_not_mixed(
     assert main([*command, *options, "--overwrite"]) == 0
 
 
+def test_batches_stay_the_same_after_a_kill_in_the_middle_of_one(command: list[str], tmp_path: Path) -> None:
+    """Their rounding would turn a word in 16 bit now and then."""
+
+    def batches_of(asked: list[tuple[int, ...]]) -> Callable[..., list[Answer]]:
+        complete = Assistant.complete
+
+        def noted(self: Assistant, ids: Any, mask: Any, spec: Any, numbers: Any) -> list[Answer]:
+            asked.append(tuple(numbers))
+            return complete(self, ids, mask, spec, numbers)
+
+        return noted
+
+    whole: list[tuple[int, ...]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Assistant, "complete", batches_of(whole))
+        assert main([*command, "--overwrite"]) == 0
+    answers = (tmp_path / "out.jsonl").read_bytes()
+    (tmp_path / "out.jsonl").unlink()
+    killed_after(2, command)
+    partial = tmp_path / "out.jsonl.partial"
+    partial.write_bytes(partial.read_bytes()[:-9])
+    again: list[tuple[int, ...]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Assistant, "complete", batches_of(again))
+        assert main(command) == 0
+    assert again == whole[1:]
+    assert (tmp_path / "out.jsonl").read_bytes() == answers
+
+
 def test_another_size_of_batches_goes_on(command: list[str], tmp_path: Path) -> None:
     killed_after(1, command)
     assert main([*command, "--batch_size", "3"]) == 0
@@ -218,7 +268,9 @@ def test_an_interrupt_says_how_to_go_on(command: list[str], monkeypatch: pytest.
     killed_after(1, command)
     monkeypatch.setattr(Assistant, "complete", interrupted)
     assert main(command) == 130
-    assert "Interrupted at 2 of 7 prompts; the same command (without --overwrite) goes on" in capsys.readouterr().err
+    assert capsys.readouterr().err.endswith(
+        "qlora-lightning: interrupted; the answers so far are kept, and the same command (without --overwrite) goes on\n"
+    )
 
 
 def test_other_questions_or_another_model_do_not_go_on(
@@ -246,6 +298,16 @@ def test_half_a_surrogate_pair_in_a_field_comes_through(questions: Path, command
     questions.write_text('{"text": "Hi", "note": "\\ud83d"}\n')
     assert main(command) == 0
     assert rows_of(tmp_path / "out.jsonl")[0]["note"] == "\ud83d"
+
+
+def test_the_bar_fits_eighty_columns(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answering, "console", Console(stderr=True, force_terminal=True, width=80))
+    monkeypatch.setattr(answering, "is_live", lambda: True)
+    pace = Pace(total=953, done=500, started=time.perf_counter() - 100)
+    list(answering._shown([[(n, Answer("a", 200, "stop"))] for n in range(100)], pace))
+    drawn = [re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", line) for line in capsys.readouterr().err.replace("\r", "\n").splitlines()]
+    assert any("prompts, " in line and line.rstrip().endswith("left") for line in drawn)
+    assert all(len(line) <= 80 and ("answering" in line or not line.strip()) for line in drawn)
 
 
 def test_the_pace_counts_this_run_only() -> None:
@@ -277,6 +339,35 @@ def test_predict_writes_answers_beside_references(predict: Callable[..., list[di
     assert all(set(row) == {"prompt", "generation", "generated_tokens", "finish", "reference"} for row in rows)
     assert all(row["generated_tokens"] <= 5 for row in rows)
     assert "3 answers, " in capsys.readouterr().err
+
+
+def test_ranks_of_predict_write_one_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two ranks side by side: neither touches what the other has, and the first puts all in order once both are done."""
+    heldout = [[Message("user", f"q{n}"), Message("assistant", f"r{n}")] for n in range(5)]
+    ranks = [Predictions(), Predictions()]
+    trainers: list[Any] = [
+        SimpleNamespace(
+            default_root_dir=str(tmp_path),
+            world_size=2,
+            global_rank=rank,
+            is_global_zero=rank == 0,
+            datamodule=SimpleNamespace(heldout_conversations=lambda: heldout),
+            strategy=SimpleNamespace(barrier=lambda _: None),
+        )
+        for rank in (0, 1)
+    ]
+    module = Mock(spec=QLoRAModule)
+    for rank, trainer in zip(ranks, trainers, strict=True):
+        rank.on_predict_start(trainer, module)
+    for rank, number in ((1, 1), (0, 0), (0, 2), (1, 3), (0, 4)):
+        ranks[rank].write_on_batch_end(trainers[rank], module, [Answer(f"a{number}", 1, "stop")], [number], None, 0, 0)
+    for rank in (1, 0):
+        ranks[rank].on_predict_end(trainers[rank], module)
+    assert [(row["prompt"], row["generation"], row["reference"]) for row in rows_of(tmp_path / "predictions.jsonl")] == [
+        (f"q{n}", f"a{n}", f"r{n}") for n in range(5)
+    ]
+    assert capsys.readouterr().err.startswith("5 answers, 5 tokens in ")
+    assert [path.name for path in tmp_path.iterdir()] == ["predictions.jsonl"]
 
 
 def test_predict_samples_alike_in_batches_of_any_size(predict: Callable[..., list[dict[str, Any]]]) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from running import line_of
 
+from qlora_lightning.answer_file import Answer
 from qlora_lightning.cli import main
 from qlora_lightning.data.formats import Message
 
@@ -48,6 +49,17 @@ def test_a_misspelt_template(tiny_base: Path, capsys: pytest.CaptureFixture[str]
     line = line_of(capsys, "chat", "--base_model", str(tiny_base), "--template", "alpca")
     names = "alpaca, chatml, completion, gemma, guanaco, llama2, llama3, mistral, plain, qwen, zephyr, tokenizer"
     assert line == f"template must be one of {names}; got 'alpca', nearest is alpaca"
+
+
+def test_bytes_that_are_no_text_are_asked_as_question_marks(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qlora_lightning.generation import Assistant
+
+    asked: list[str] = []
+    monkeypatch.setattr(Assistant, "encode", lambda self, conversations: asked.append(conversations[0][-1].content) or (None, None))
+    monkeypatch.setattr(Assistant, "complete", lambda *_, **__: [Answer("a", 1, "stop")])
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Gr\xfcn\n"), encoding="utf-8", errors="surrogateescape"))
+    assert main(["chat", "--base_model", str(tiny_base)]) == 0
+    assert asked == ["Gr?n"]
 
 
 def test_chat_needs_a_base(capsys: pytest.CaptureFixture[str]) -> None:

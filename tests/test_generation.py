@@ -9,7 +9,7 @@ import torch
 from scipy.stats import chisquare
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
-from qlora_lightning.answers import Answer
+from qlora_lightning.answer_file import Answer
 from qlora_lightning.data.encoder import Encoder
 from qlora_lightning.data.formats import Message
 from qlora_lightning.errors import UserError
@@ -165,7 +165,9 @@ def test_prompts_beyond_the_models_positions_are_said(assistant: Assistant, caps
     assert "warning: 1 of 2 prompts + 2 new tokens pass the model's 512 positions" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("wrong", [{"top_p": 0.0}, {"temperature": -1.0}, {"max_new_tokens": 0}, {"seed": -1}])
+@pytest.mark.parametrize(
+    "wrong", [{"top_p": 0.0}, {"temperature": -1.0}, {"temperature": float("nan")}, {"max_new_tokens": 0}, {"seed": -1}]
+)
 def test_settings_out_of_range(wrong: dict[str, float]) -> None:
     with pytest.raises(UserError, match="need max_new_tokens >= 1, temperature >= 0, 0 < top_p <= 1 and seed >= 0"):
         GenerationSpec(**wrong)  # type: ignore[arg-type]

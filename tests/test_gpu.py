@@ -1,11 +1,13 @@
 """What only a GPU can show; run by hand: pytest -m gpu tests/test_gpu.py."""
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from exams import SUBJECTS, write_exam
 from running import read_metrics
 
 pytestmark = [
@@ -58,3 +60,19 @@ def test_a_packed_run_has_the_losses_of_the_padded_one(fit: Callable[..., Path])
     first, second = ([float(row["train/loss"]) for row in run if row["train/loss"]] for run in runs)
     assert len(first) == 6
     assert first == pytest.approx(second, rel=1e-2)
+
+
+def test_mmlu_with_shared_examples_reads_what_whole_prompts_read(fit: Callable[..., Path], tmp_path: Path) -> None:
+    """In 4 bits and bf16, during a fit; the losses are those of a fit without it."""
+    exam = write_exam(tmp_path / "exam", questions=20)
+    asked = (f"mmlu.path={exam}", f"mmlu.subjects={','.join(SUBJECTS)}", "mmlu.shots=0", "mmlu.every_n_steps=3")
+    plain, shared, whole = (
+        fit(*OPTIONS, *options, folder=name)
+        for name, options in (("plain", ()), ("shared", asked), ("whole", (*asked, "mmlu.share_examples=false")))
+    )
+    streams = [[loss for row in read_metrics(root) if (loss := row["train/loss"])] for root in (plain, shared, whole)]
+    assert streams[0] == streams[1] == streams[2]
+    documents = [[json.loads(file.read_text()) for file in sorted((root / "mmlu").iterdir())] for root in (shared, whole)]
+    for one, other in zip(*documents, strict=True):
+        assert (one["examples_shared"], other["examples_shared"]) == (True, False)
+        assert one["accuracy"] == pytest.approx(other["accuracy"], abs=0.1)  # of 60 answers some are near ties

@@ -2,17 +2,18 @@
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column
 
+from qlora_lightning.answer_file import Answer, AnswerFile, check_output
 from qlora_lightning.answering_local import LocalAnswerer
-from qlora_lightning.answers import Answer, AnswerFile, check_output
 from qlora_lightning.console import console, is_live, say
 from qlora_lightning.data.formats import Conversation
 from qlora_lightning.errors import UserError
@@ -44,6 +45,8 @@ def generate(
     key_variable: str = "OPENAI_API_KEY",
     parallel: int = 8,
     requests_per_minute: int | None = None,
+    timeout_seconds: float = 120.0,
+    completion_limit: Literal["max_tokens", "max_completion_tokens"] = "max_tokens",
     overwrite: bool = False,
 ) -> None:
     """Answer every prompt of a file, with a model on this machine or one behind a server.
@@ -71,12 +74,14 @@ def generate(
         server_model: Model that the server is asked for.
         key_variable: Environment variable that holds the server's key.
         parallel: Requests under way at once at the server.
-        requests_per_minute: Start no more requests than this in a minute at the server.
+        requests_per_minute: Start no more requests than this in a minute at the server; by default as many as come.
+        timeout_seconds: Longest wait for an answer of the server.
+        completion_limit: What the server calls the longest answer; reasoning models of OpenAI want max_completion_tokens.
         overwrite: Replace the output file where it exists, and begin anew where answers were begun.
     """
     if batch_size < 1:
         raise UserError(f"batch_size must be 1 or more, got {batch_size}; leave it out for 8")
-    check_output(Path(output), overwrite)
+    check_output(Path(output), Path(prompts), overwrite)
     preset = SAMPLING[sampling]
     spec = GenerationSpec(max_new_tokens, preset[0] if temperature is None else temperature, preset[1] if top_p is None else top_p, seed)
     answerer: Answerer
@@ -85,10 +90,11 @@ def generate(
         from qlora_lightning.answering_server import ServerAnswerer  # needs the extra `eval`
         from qlora_lightning.evaluation.endpoint import EndpointSpec
 
-        answerer = ServerAnswerer(EndpointSpec(str(base_url), str(server_model), key_variable, parallel, requests_per_minute))
+        where = EndpointSpec(str(base_url), str(server_model), key_variable, parallel, requests_per_minute, timeout_seconds)
+        answerer = ServerAnswerer(replace(where, completion_limit=completion_limit))
     else:
         answerer = LocalAnswerer(Path(adapter) if adapter else None, base_model, template, storage, batch_size)
-    answer_file(prompts, Path(output), answerer, spec, answerer.system_prompt if system_prompt is None else system_prompt, overwrite)
+    answer_prompts(prompts, Path(output), answerer, spec, answerer.system_prompt if system_prompt is None else system_prompt, overwrite)
 
 
 def _check_server(base_url: str | None, server_model: str | None, **local: str | None) -> None:
@@ -110,25 +116,26 @@ class Answerer(Protocol):
     def identity(self) -> dict[str, Any]:
         """Plain values that its answers depend on."""
 
-    def answers(self, conversations: Mapping[int, Conversation], spec: GenerationSpec) -> Iterator[list[tuple[int, Answer]]]:
-        """Answers with their numbers, some at a time."""
+    def answers(
+        self, conversations: Mapping[int, Conversation], left: Collection[int], spec: GenerationSpec
+    ) -> Iterator[list[tuple[int, Answer]]]:
+        """Answers to those conversations that are left, with their numbers, some at a time."""
 
 
-def answer_file(prompts: str, target: Path, answerer: Answerer, spec: GenerationSpec, system_prompt: str | None, overwrite: bool) -> None:
+def answer_prompts(
+    prompts: str, target: Path, answerer: Answerer, spec: GenerationSpec, system_prompt: str | None, overwrite: bool
+) -> None:
     """Ask what has no answer yet, keep answers as they come, and write the file once all are there."""
     asked = list(read_prompts(prompts, system_prompt))
     file = AnswerFile(target, _identity([one.conversation for one in asked], answerer, spec), overwrite)
     if file.done:
         say(f"Going on with {file.partial}: {len(file.done)} of {len(asked)} prompts are answered")
-    left = {number: one.conversation for number, one in enumerate(asked) if number not in file.done}
-    batches = answerer.answers(left, spec) if left else iter(())
+    left = [number for number in range(len(asked)) if number not in file.done]
+    conversations = dict(enumerate(one.conversation for one in asked))
+    batches = answerer.answers(conversations, left, spec) if left else iter(())
     pace = Pace(len(asked), len(file.done), time.perf_counter())  # a model has been loaded by now
-    try:
-        for answers in _shown(batches, pace):
-            file.add(answers)
-    except KeyboardInterrupt:
-        say(f"Interrupted at {len(file.done)} of {len(asked)} prompts; the same command (without --overwrite) goes on")
-        raise
+    for answers in _shown(batches, pace):
+        file.add(answers)
     file.finish([one.row for one in asked])
     seconds = time.perf_counter() - pace.started
     say(f"{len(asked)} answers, {pace.tokens:,} tokens in {seconds:.1f} s ({pace.tokens / seconds:,.1f} tokens/s): {target}")
@@ -174,9 +181,9 @@ class Pace:
 
 def _shown(batches: Iterable[Sequence[tuple[int, Answer]]], pace: Pace) -> Iterator[Sequence[tuple[int, Answer]]]:
     """``batches`` with a bar on a terminal, with a line now and then elsewhere."""
-    columns = TextColumn("answering"), BarColumn(), TextColumn("{task.description}")
+    columns = TextColumn("answering"), BarColumn(bar_width=None), TextColumn("{task.description}", table_column=Column(no_wrap=True))
     said = pace.started
-    with Progress(*columns, console=console, transient=True, disable=not is_live()) as progress:
+    with Progress(*columns, console=console, transient=True, expand=True, disable=not is_live()) as progress:
         task = progress.add_task(pace.words(said), total=pace.total, completed=pace.done)
         for answers in batches:
             yield answers

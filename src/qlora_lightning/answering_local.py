@@ -1,13 +1,13 @@
 """Answers from a model on this machine, for ``generate``."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
-from qlora_lightning.answers import Answer
+from qlora_lightning.answer_file import Answer
 from qlora_lightning.data.formats import Conversation
-from qlora_lightning.generation import GenerationSpec, load_assistant
+from qlora_lightning.generation import Assistant, GenerationSpec, load_assistant
 from qlora_lightning.modeling.adapters import ADAPTER_FILE, adapter_metadata
 from qlora_lightning.modeling.fingerprint import base_fingerprint
 from qlora_lightning.modeling.loading import Storage
@@ -31,6 +31,7 @@ class LocalAnswerer:
         self._metadata = adapter_metadata(adapter) if adapter else {}
         self._adapter, self._base_model, self._template = adapter, base_model, template
         self._storage, self._batch_size = storage, batch_size
+        self._assistant: Assistant | None = None
 
     @property
     def system_prompt(self) -> str | None:
@@ -47,14 +48,25 @@ class LocalAnswerer:
             "storage": self._storage,
         }
 
-    def answers(self, conversations: Mapping[int, Conversation], spec: GenerationSpec) -> Iterator[list[tuple[int, Answer]]]:
-        """Load the model; then answers to numbered conversations, batch by batch.
+    def load(self) -> Assistant:
+        """The model, loaded by the first call.
+
+        Raises:
+            UserError: it cannot be loaded.
+        """
+        if self._assistant is None:
+            self._assistant, _ = load_assistant(self._adapter, self._base_model, self._template, self._storage)
+        return self._assistant
+
+    def answers(
+        self, conversations: Mapping[int, Conversation], left: Collection[int], spec: GenerationSpec
+    ) -> Iterator[list[tuple[int, Answer]]]:
+        """Load the model; then answers to the conversations that are left, batch by batch.
 
         Raises:
             UserError: the model cannot be loaded, or a message spells a control token that cannot be written as text.
         """
-        assistant, _ = load_assistant(self._adapter, self._base_model, self._template, self._storage)
-        return assistant.answer_all(conversations, spec, self._batch_size)
+        return self.load().answer_all(conversations, spec, self._batch_size, left)
 
 
 def _fingerprint(base: str, revision: str | None) -> str:

@@ -1,9 +1,9 @@
 """Answers from any OpenAI-compatible server, for ``generate``."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from qlora_lightning.answers import Answer
+from qlora_lightning.answer_file import Answer
 from qlora_lightning.data.formats import Conversation
 from qlora_lightning.data.rendering import whole_text
 from qlora_lightning.errors import UserError
@@ -23,23 +23,25 @@ class ServerAnswerer:
         """What its answers depend on, as far as it can be known from here."""
         return {"base_url": self._spec.base_url, "server_model": self._spec.model}
 
-    def answers(self, conversations: Mapping[int, Conversation], spec: GenerationSpec) -> Iterator[list[tuple[int, Answer]]]:
-        """Answers to numbered conversations as they come, one by one.
+    def answers(
+        self, conversations: Mapping[int, Conversation], left: Collection[int], spec: GenerationSpec
+    ) -> Iterator[list[tuple[int, Answer]]]:
+        """Answers to the conversations that are left as they come, one by one.
 
         Raises:
             UserError: the server refuses, or some requests failed for good; once all others are answered.
         """
         endpoint = Endpoint(self._spec)
-        endpoint.check()
+        endpoint.check(*_drawing(spec))
         failures: list[str | None] = []
-        for number, reply in endpoint.replies((number, request(one, spec, number)) for number, one in conversations.items()):
+        for number, reply in endpoint.replies((number, request(conversations[number], spec, number)) for number in left):
             if reply.text is None:
                 failures.append(reply.error)
             else:
                 yield [(number, Answer(reply.text, reply.completion_tokens, reply.finish_reason or "unknown"))]
         if failures:
             raise UserError(
-                f"{len(failures)} of {len(conversations)} requests failed, the last one with: {failures[-1]}; "
+                f"{len(failures)} of {len(left)} requests failed, the last one with: {failures[-1]}; "
                 "the same command (without --overwrite) asks them again and keeps the others"
             )
 
@@ -47,6 +49,9 @@ class ServerAnswerer:
 def request(conversation: Conversation, spec: GenerationSpec, number: int) -> ChatRequest:
     """What the server is asked. Servers draw an answer from one seed: it is the spec's and the prompt's number together."""
     said = [{"role": message.role, "content": whole_text(message)} for message in conversation]
-    if spec.temperature == 0:
-        return ChatRequest(said, spec.max_new_tokens, 0.0)
-    return ChatRequest(said, spec.max_new_tokens, spec.temperature, spec.top_p, spec.seed + number)
+    return ChatRequest(said, spec.max_new_tokens, *_drawing(spec), spec.seed + number if spec.temperature > 0 else None)
+
+
+def _drawing(spec: GenerationSpec) -> tuple[float, float]:
+    """Temperature and top-p."""
+    return (spec.temperature, spec.top_p) if spec.temperature > 0 else (0.0, 1.0)

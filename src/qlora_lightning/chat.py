@@ -60,7 +60,7 @@ def _lines() -> Iterator[str]:
         if not line:
             return
         if line.strip():
-            yield line.strip()
+            yield line.strip().encode("utf-8", "replace").decode()  # bytes that are no UTF-8 come as halves of surrogate pairs
 
 
 def _stream(assistant: Assistant, conversation: Conversation, spec: GenerationSpec) -> str:

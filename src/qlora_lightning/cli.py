@@ -13,7 +13,7 @@ from qlora_lightning.errors import UserError
 
 TRAINER_COMMANDS = {
     "fit": "train an adapter: fit --config RECIPE",
-    "validate": "loss and perplexity on held-out rows: validate --config RECIPE --ckpt_path last",
+    "validate": "held-out loss, and MMLU: validate --config RECIPE --ckpt_path last --mmlu.path FOLDER",
     "test": "the same under the name test/",
     "predict": "answers to the held-out prompts, as JSON Lines in the run folder",
 }
@@ -44,6 +44,12 @@ PLAIN_COMMANDS: dict[str, tuple[str | dict[str, str], str]] = {
 }
 
 
+WAYS_ON = {
+    "fit": "resume with the same command and --ckpt_path last",
+    "generate": "the answers so far are kept, and the same command (without --overwrite) goes on",
+    "judge": "the verdicts so far are kept, and the same command (without --overwrite) goes on",
+}
+"""What a user can do after an interruption; commands that are not here begin anew."""
 SWITCHES = ("--json", "--overwrite", "--strict", "--orders", "--dry_run")
 EVAL_PACKAGES = ("lm_eval", "matplotlib", "openai", "scipy", "statsmodels")
 """What the extra ``eval`` installs."""
@@ -64,8 +70,8 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write(f"qlora-lightning: {line}\n")
         return 2
     except KeyboardInterrupt:
-        if arguments[:1] == ["fit"]:  # nothing else can be resumed
-            sys.stderr.write("qlora-lightning: interrupted; resume with the same command and --ckpt_path last\n")
+        if (way_on := WAYS_ON.get("".join(arguments[:1]))) is not None:
+            sys.stderr.write(f"qlora-lightning: interrupted; {way_on}\n")
         return 130
 
 
@@ -129,7 +135,7 @@ def user_line(error: BaseException) -> str | None:
     if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in EVAL_PACKAGES:
         return f"this command needs the package {error.name}; install what evaluations need: pip install 'qlora-lightning[eval]'"
     if isinstance(error, OSError) and error.errno == 28:
-        return f"no space left on the disk that holds {error.filename or 'the run folder'}; free some and resume with --ckpt_path last"
+        return f"no space left on the disk that holds {error.filename or 'the run folder'}; free some, then go on (fit: --ckpt_path last)"
     if type(error).__name__ == "MisconfigurationException":  # Lightning's word for a setting that cannot work
         return " ".join(str(error).split())
     return None

@@ -1,5 +1,6 @@
 """Answers from a model with an adapter: batched, left-padded, stopped at the end of turn."""
 
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,11 +11,12 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from qlora_lightning.answers import Answer
+from qlora_lightning.answer_file import Answer
 from qlora_lightning.console import say
 from qlora_lightning.data.encoder import Encoder, encode_prompts
 from qlora_lightning.data.formats import Conversation
 from qlora_lightning.data.rendering import Renderer, load_renderer
+from qlora_lightning.data.templates import find_template
 from qlora_lightning.errors import UserError
 from qlora_lightning.modeling.loading import Storage
 from qlora_lightning.modeling.tokenizer import filler_id
@@ -36,8 +38,11 @@ class GenerationSpec:
     """Seed of the sampling. An answer depends on it, on its prompt and on the prompt's number in the file, on no other answer."""
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1 or self.temperature < 0 or not 0 < self.top_p <= 1 or self.seed < 0:
-            raise UserError(f"need max_new_tokens >= 1, temperature >= 0, 0 < top_p <= 1 and seed >= 0, got {self}")
+        if self.max_new_tokens < 1 or not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1 or self.seed < 0:
+            raise UserError(
+                "need max_new_tokens >= 1, temperature >= 0, 0 < top_p <= 1 and seed >= 0, "
+                f"got {self.max_new_tokens}, {self.temperature:g}, {self.top_p:g} and {self.seed}; correct them"
+            )
 
 
 @dataclass
@@ -56,11 +61,18 @@ class Assistant:
         return [answer.generation for answer in self.complete(*self.encode(conversations), spec)]
 
     def answer_all(
-        self, conversations: Mapping[int, Conversation], spec: GenerationSpec, batch_size: int
+        self, conversations: Mapping[int, Conversation], spec: GenerationSpec, batch_size: int, left: Collection[int] | None = None
     ) -> Iterator[list[tuple[int, Answer]]]:
         """Answers to numbered conversations, batch by batch; conversations of like length together, the longest first.
 
-        Answers depend on the batches only by the rounding of the arithmetic, which in bf16 now and then turns a word.
+        Answers depend on the batches only by the rounding of the arithmetic, which in bf16 now and then turns a word. Batches are the same
+        whatever is ``left``, so that a run that goes on ends with the answers of one that was never interrupted, to the bit.
+
+        Args:
+            conversations: By the number that their random numbers depend on.
+            spec: How answers are drawn.
+            batch_size: Conversations answered at once.
+            left: Numbers of those to answer; by default all.
 
         Raises:
             UserError: a message spells a control token that the tokenizer cannot write as text.
@@ -68,10 +80,14 @@ class Assistant:
         prompts = dict(zip(conversations, self.tokens(list(conversations.values())), strict=True))
         self._check_room(prompts.values(), spec)
         order = sorted(prompts, key=lambda number: -len(prompts[number]))
+        wanted = set(prompts if left is None else left)
         for start in range(0, len(order), batch_size):
             numbers = order[start : start + batch_size]
+            if wanted.isdisjoint(numbers):
+                continue
             ids, mask = left_pad([prompts[number] for number in numbers], filler_id(self.tokenizer))
-            yield list(zip(numbers, self.complete(ids, mask, spec, numbers), strict=True))
+            answers = zip(numbers, self.complete(ids, mask, spec, numbers), strict=True)
+            yield [(number, answer) for number, answer in answers if number in wanted]
 
     def _check_room(self, prompts: Collection[Sequence[int]], spec: GenerationSpec) -> None:
         """Say where answers may run beyond the positions that the model was trained for (where its configuration knows them)."""
@@ -186,6 +202,8 @@ def load_assistant(
     Raises:
         UserError: no base is known, or the adapter belongs to another one.
     """
+    if template:
+        find_template(template)  # a misspelt one shows before the model is loaded
     loaded = load_trained(adapter, base_model, storage)
     style = load_renderer(template or loaded.metadata.get("template", "chatml"), loaded.tokenizer)
     return Assistant(loaded.model, loaded.tokenizer, style, loaded.dtype), loaded.metadata

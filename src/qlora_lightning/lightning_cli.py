@@ -163,13 +163,13 @@ class QLoRACLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add the CSV logger to whatever a fit logs to; the other commands report on the terminal."""
-        loggers: list[Any] = []
-        if self.subcommand == "fit":
-            chosen = _as_list(self._get(self.config_init, "trainer")["logger"])
-            loggers = [RunCSVLogger(str(self.root)), *(logger for logger in chosen if not isinstance(logger, bool))]
-        for logger in loggers:
+        chosen = [logger for logger in _as_list(self._get(self.config_init, "trainer")["logger"]) if not isinstance(logger, bool)]
+        loggers = [RunCSVLogger(str(self.root)), *chosen] if self.subcommand == "fit" else []
+        for logger in chosen:
             if isinstance(logger, RunWandbLogger):
                 logger.resume = self._continues
+                if self.subcommand == "validate" and self._continues and logger.id_path.is_file():
+                    self._mmlu.record = logger
         try:
             return super().instantiate_trainer(logger=loggers or False, **kwargs)
         except (ValueError, MisconfigurationException) as error:
@@ -224,8 +224,8 @@ class QLoRACLI(LightningCLI):
         if not self._mmlu.wanted:
             self._report()
             return
-        source = self.initial_adapter or Path(self._get(self.config, "ckpt_path") or "base")
-        scores = self._mmlu.evaluate(self.trainer, self.model, source.stem)
+        name = self.initial_adapter.name if self.initial_adapter else Path(self._get(self.config, "ckpt_path") or "base").stem
+        scores = self._mmlu.evaluate(self.trainer, self.model, name)
         self._report(scores.metrics())
         if not self._get(self.config, "json"):
             show_mmlu(scores)

@@ -17,7 +17,7 @@ from peft import PeftModel
 from torch import Tensor
 from torch.optim import Optimizer
 
-from qlora_lightning.answers import Answer
+from qlora_lightning.answer_file import Answer
 from qlora_lightning.console import console, say
 from qlora_lightning.data.dataset import IGNORED
 from qlora_lightning.data.heldout import HeldoutSums, heldout_metrics, heldout_names

@@ -8,7 +8,7 @@ from typing import Any
 from jsonargparse import Namespace
 
 from qlora_lightning.callbacks.adapter_checkpoint import FOLDER
-from qlora_lightning.callbacks.run_files import SAMPLES_FILE
+from qlora_lightning.callbacks.run_files import MMLU_FOLDER, SAMPLES_FILE
 from qlora_lightning.console import say
 from qlora_lightning.errors import UserError
 from qlora_lightning.modeling.adapters import ADAPTER_FILE
@@ -85,8 +85,9 @@ def check_folder(root: Path, continues: bool, overwrite: bool, source: Path | No
 
 
 def clear_folder(root: Path) -> None:
-    """Delete the checkpoints, metrics and samples of an earlier run."""
-    shutil.rmtree(root / FOLDER, ignore_errors=True)
+    """Delete the checkpoints, metrics, samples and MMLU evaluations of an earlier run."""
+    for name in (FOLDER, MMLU_FOLDER):
+        shutil.rmtree(root / name, ignore_errors=True)
     for name in (METRICS_FILE, SAMPLES_FILE):
         (root / name).unlink(missing_ok=True)
 

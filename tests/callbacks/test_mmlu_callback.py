@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import wandb
 from exams import SUBJECTS, write_exam
 from running import base_options, read_metrics
 
@@ -76,6 +77,24 @@ def test_a_checkpoint_scores_as_the_run_did(
     capsys.readouterr()
     during, after = (json.loads((root / "mmlu" / f"{name}.json").read_text()) for name in ("step-000006", "last"))
     assert during["subjects"] == after["subjects"]
+
+
+def test_wandb_has_one_table_of_fit_and_of_validate(
+    exam: Path, tiny_base: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A later ``validate`` of the run's own checkpoint is added to the run that trained it."""
+    wandb.finish()  # an earlier test's run in this process would be gone on with
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    root = tmp_path / "run"
+    options = [option for option in base_options(tiny_base, rows_file, root) if option not in ("--trainer.logger", "false")]
+    assert main(["fit", *options, "--trainer.max_steps=1", *asked(exam, every_n_steps=1)]) == 0
+    assert main(["validate", *options, "--ckpt_path=last", *asked(exam, shots=1)]) == 0
+    wandb.teardown()
+    folders = sorted(root.glob("wandb/offline-run-*"))
+    assert len({folder.name.rpartition("-")[2] for folder in folders}) == 1  # the run's id
+    tables = [json.loads(file.read_text()) for folder in folders for file in folder.glob("files/media/table/mmlu/*.table.json")]
+    assert [table["columns"] for table in tables] == [["step", "subject", "accuracy", "low", "high", "questions"]] * 2
+    assert [[row[:2] for row in table["data"]] for table in tables] == [[[step, name] for name in SUBJECTS] for step in (1, None)]
 
 
 @pytest.mark.parametrize(

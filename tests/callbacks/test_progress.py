@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from qlora_lightning import console as console_module
 from qlora_lightning.callbacks import progress
-from qlora_lightning.callbacks.progress import Pace, Reading, RunProgress, clock
+from qlora_lightning.callbacks.pace import Pace, clock
+from qlora_lightning.callbacks.progress import Reading, RunProgress
 
 
 class Toy(pl.LightningModule):

@@ -266,6 +266,9 @@ def test_a_mix_is_written_out_in_one_style_and_validates_on_all_sets(make_data: 
     assert (data.train_report.rows, data.train_report.kept) == (48, 48)
     assert data.val_set is not None
     assert len(data.val_set) == len(data.heldout_conversations()) == 7
+    every = data.heldout_conversations()  # five rows, then two of the other set
+    assert data.heldout_conversations(3) == [every[0], every[5], every[1]]
+    assert data.heldout_conversations(9) == [every[n] for n in (0, 5, 1, 6, 2, 3, 4)]
     text = str(data.tokenizer.decode(data.train_set[47].input_ids.tolist()))
     assert text.startswith("<s>### Human: other ")
     assert data.metadata()["data"]["data set"] == "rows + other"

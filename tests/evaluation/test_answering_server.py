@@ -9,12 +9,12 @@ from chat_server import Answer, ChatServer, serving
 from running import line_of
 
 from qlora_lightning.cli import main
-from qlora_lightning.evaluation import endpoint
+from qlora_lightning.evaluation import waiting
 
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoint, "FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(waiting, "FIRST_WAIT_SECONDS", 0.01)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 

@@ -139,6 +139,7 @@ def test_wrong_input_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: P
     good = str(write_csv(tmp_path / "good.csv"))
     columns = write_csv(tmp_path / "columns.csv", header=("id", "sent_more", "sentence", "stereo_antistereo", "kind"))
     kind = write_csv(tmp_path / "kind.csv", [SENTENCES[0], ("a", "b", "stereo", "hair")])
+    direction = write_csv(tmp_path / "direction.csv", [("a", "b", "up", "age")])
     empty = write_csv(tmp_path / "empty.csv", [("a", " ", "stereo", "age")])
     none = write_csv(tmp_path / "none.csv", [])
     base = ("--base_model", "nowhere/never")
@@ -149,12 +150,13 @@ def test_wrong_input_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: P
             *base,
         ): "columns.csv:2: CrowS-Pairs needs the columns sent_more, sent_less, stereo_antistereo, bias_type; sent_less, bias_type missing",
         (str(kind), *base): "kind.csv:3: bias_type must be one of race-color, gender",
+        (str(direction), *base): "direction.csv:2: stereo_antistereo must be stereo or antistereo, got 'up'",
         (str(empty), *base): "empty.csv:2: a pair needs two sentences",
         (str(none), *base): "no rows",
         (good, *base, "--batch_size", "0"): "batch_size must be 1 or more",
         (good, *base, "--limit", "0"): "limit must be 1 or more",
-        (good, *base, "--output", good): "exists; give the name of another file or --overwrite",
-        (good, *base, "--output", str(tmp_path), "--overwrite"): "exists; give the name of another file",
+        (good, *base, "--output", good): "exists; give another name or --overwrite",
+        (good, *base, "--output", str(tmp_path), "--overwrite"): "exists; give another name",
         (good, *base, "--output", str(tmp_path / "no" / "x.jsonl")): "does not exist; make it first",
         (good, "--storage", "nf5"): "16bit",
         (good,): "no base model is known",

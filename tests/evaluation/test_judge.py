@@ -1,5 +1,7 @@
 """`judge` asks for every verdict once, keeps every reply, and goes on where it stopped."""
 
+import errno
+import io
 import json
 import os
 import signal
@@ -15,14 +17,15 @@ from chat_server import Answer, serving
 from tournament_files import QUESTIONS, answer_file, read_verdicts, tournament, write_rows
 
 from qlora_lightning.cli import main
-from qlora_lightning.evaluation import endpoint as endpoint_module
+from qlora_lightning.evaluation import waiting
+from qlora_lightning.evaluation.verdict_log import VerdictLog
 
 Respond = Callable[[int, dict[str, Any]], Answer]
 
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoint_module, "FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(waiting, "FIRST_WAIT_SECONDS", 0.01)
 
 
 def prefer(name: str) -> Respond:
@@ -127,7 +130,7 @@ def test_answers_in_every_published_shape(tmp_path: Path) -> None:
 
 
 def test_the_same_command_goes_on_where_requests_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = tournament(tmp_path, "a", "b")
+    command = [*tournament(tmp_path, "a", "b"), "--parallel", "1"]  # replies come in the order of the questions
 
     def broken_river(_: int, body: dict[str, Any]) -> Answer:
         return Answer("no", status=400) if "river" in body["messages"][-1]["content"] else Answer("1")
@@ -156,7 +159,7 @@ def test_a_judge_that_is_gone_ends_the_run(tmp_path: Path, capsys: pytest.Captur
     with serving(lambda number, _: Answer("1") if number < 5 else Answer("gone", status=500)) as server:
         command = ["judge", *files, "--questions", str(questions), "--output", str(tmp_path / "out"), "--retries", "0", "--parallel", "1"]
         assert run(command, server.base_url) == 2
-    assert "the judge failed 20 times in a row, at last: 500: gone; the verdicts so far are kept" in capsys.readouterr().err
+    assert "/v1 failed 20 times in a row, at last: 500: gone; what it answered before is kept" in capsys.readouterr().err
     assert len(server.asked) < 30
     assert sum(map(len, read_verdicts(tmp_path).values())) == 4
 
@@ -197,10 +200,7 @@ def test_the_budget_is_shown_and_a_dry_run_stops_there(tmp_path: Path, capsys: p
         "cost_at_most": pytest.approx((10 * tokens + 1000 * 400) / 1e6),
     }
     assert 4 * 200 < tokens < 4 * 500
-    assert (
-        "(an estimate: characters / 4), at most 400 completion tokens, at least 1.0 minutes at the rate limit, costs at most about 0.4"
-        in err
-    )
+    assert "(an estimate: bytes / 4), at most 400 completion tokens, at least 1.0 minutes at the rate limit, costs at most about 0.4" in err
     assert not (tmp_path / "out").exists()
 
 
@@ -234,6 +234,66 @@ def test_verdicts_of_other_settings_do_not_mix(change: list[str], line: str, tmp
     assert sum(map(len, read_verdicts(tmp_path).values())) == 6
 
 
+def test_settings_without_a_verdict_bind_nobody(tmp_path: Path) -> None:
+    """A run that was killed before its first verdict leaves them, as of a mistake that is corrected now."""
+    command = tournament(tmp_path, "a", "b")
+    with serving(lambda *_: Answer("no", status=400) if _[0] else Answer()) as server:
+        assert run(command, server.base_url, "--limit", "1") == 2
+        assert (tmp_path / "out" / "judge.json").exists() and not read_verdicts(tmp_path)
+    with serving(prefer("a")) as server:
+        assert run(command, server.base_url, "--temperature", "0") == 0
+
+
+@pytest.mark.parametrize("content", ["not json", "[]", "{}"])
+def test_settings_that_cannot_be_read(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = tournament(tmp_path, "a", "b")
+    with serving(prefer("a")) as server:
+        run(command, server.base_url, "--limit", "1")
+        (tmp_path / "out" / "judge.json").write_text(content)
+        assert run(command, server.base_url) == 2
+    assert "holds verdicts but no judge.json that says how they came about" in capsys.readouterr().err
+
+
+def test_a_renamed_file_of_verdicts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with serving(prefer("a")) as server:
+        run(tournament(tmp_path, "a", "b"), server.base_url)
+        (tmp_path / "out" / "a-vs-b.jsonl").rename(tmp_path / "out" / "a-vs-c.jsonl")
+        assert run(tournament(tmp_path, "a", "c"), server.base_url) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "a-vs-c.jsonl:1: a file holds the verdicts on the match in its name, but this one is on a against b; give the file" in line
+
+
+def test_a_full_disk_keeps_the_verdicts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Closing the file tries once more, and must not hide the line with an error of its own."""
+
+    class FullDisk(io.StringIO):
+        def flush(self) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def close(self) -> None:
+            self.flush()
+
+    command = tournament(tmp_path, "a", "b")
+    with serving(prefer("a")) as server, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(VerdictLog, "_file", lambda self, path: self._held.enter_context(FullDisk()))
+        assert run(command, server.base_url) == 2
+    assert ".jsonl cannot be written (No space left on device); mend that, then the same" in capsys.readouterr().err
+    with serving(prefer("a")) as server:
+        assert run(command, server.base_url) == 0
+
+
+def test_an_interrupt_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(VerdictLog, "add", interrupted)
+    with serving(prefer("a")) as server:
+        assert run(tournament(tmp_path, "a", "b"), server.base_url) == 130
+    assert capsys.readouterr().err.endswith(
+        "qlora-lightning: interrupted; the verdicts so far are kept, and the same command (without --overwrite) goes on\n"
+    )
+
+
 def test_changed_answers_do_not_mix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = tournament(tmp_path, "a", "b")
     with serving(prefer("a")) as server:
@@ -250,6 +310,24 @@ def test_a_model_here_judges(tiny_base: Path, tmp_path: Path) -> None:
     rows = read_verdicts(tmp_path)["a-vs-b"]
     assert sorted(row["question_id"] for row in rows) == [1, 2, 3]
     assert all(row["judge"] == str(tiny_base) and row["prompt_tokens"] > 500 and 0 < row["completion_tokens"] <= 6 for row in rows)
+
+
+def test_a_judge_here_replies_alike_after_an_interruption(tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A reply is drawn by its own question and match, wherever in the run it comes."""
+    judge = ["--judge_base", str(tiny_base), "--max_tokens", "6", "--orders", "one", "--batch_size", "1", "--temperature", "2"]
+    assert main([*tournament(tmp_path, "a", "b"), *judge]) == 0
+    file = tmp_path / "out" / "a-vs-b.jsonl"
+    whole = {row["question_id"]: row["reply"] for row in read_verdicts(tmp_path)["a-vs-b"]}
+    file.write_bytes(file.read_bytes().splitlines(keepends=True)[0])
+    assert main([*tournament(tmp_path, "a", "b"), *judge]) == 0
+    assert {row["question_id"]: row["reply"] for row in read_verdicts(tmp_path)["a-vs-b"]} == whole
+    assert main([*tournament(tmp_path, "a", "b"), *judge, "--judge_template", "alpaca"]) == 2
+    assert "holds verdicts of another template (None, not alpaca)" in capsys.readouterr().err
+
+
+def test_a_judge_here_that_cannot_be_loaded_leaves_nothing(tmp_path: Path) -> None:
+    assert main([*tournament(tmp_path, "a", "b"), "--judge_base", str(tmp_path / "nowhere")]) == 2
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_judge_on_a_server_needs_no_torch(tmp_path: Path) -> None:

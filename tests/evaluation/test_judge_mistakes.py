@@ -1,5 +1,6 @@
 """What is wrong with the options or files of `judge` ends in one line, before anything is asked or written."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ SERVER = ["--base_url", "http://127.0.0.1:9/v1", "--judge_model", "m"]
         ("ab", [*SERVER, "--mode", "relative"], "relative mode scores every system beside one; name it with --reference NAME"),
         ("ab", [*SERVER, "--reference", "x"], "the reference must be one of the systems, got 'x'; they are: a, b"),
         ("ab", [*SERVER, "--prompts", "questions.jsonl"], "questions.jsonl:1: a review prompt needs system_prompt (str)"),
+        ("ab", [*SERVER, "--price_in", "-1"], "prices must be 0 or more, got -1.0 and None; leave out what is not known"),
+        ("ab", [*SERVER, "--temperature", ".nan"], "need temperature >= 0 and max_tokens >= 1, got nan and 1024"),
+        (["a", "a-vs-b"], SERVER, "-vs- stands between the systems in a verdict file's name, not in a system's, got 'a-vs-b'; give NAME"),
         ("ab", [*SERVER, "--limit", "0"], "limit must be 1 or more, got 0"),
         ("ab", [*SERVER, "--max_tokens", "0"], "need temperature >= 0 and max_tokens >= 1, got 0.2 and 0"),
         ("ab", [], "name one judge, got none; give --base_url and --judge_model for a server"),
@@ -31,7 +35,7 @@ SERVER = ["--base_url", "http://127.0.0.1:9/v1", "--judge_model", "m"]
     ],
 )
 def test_mistakes_end_in_one_line(
-    names: str, more: list[str], line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    names: Sequence[str], more: list[str], line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main([*tournament(tmp_path, *names), *more]) == 2

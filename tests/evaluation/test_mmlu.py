@@ -25,6 +25,7 @@ from qlora_lightning.evaluation.mmlu_prompt import prompt_text
 from qlora_lightning.evaluation.mmlu_scores import score
 from qlora_lightning.evaluation.prefix import Reader
 from qlora_lightning.modeling.loading import load_stored
+from qlora_lightning.modeling.positions import positions_of
 
 SMALL = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
@@ -155,11 +156,12 @@ def test_a_question_that_does_not_fit_counts_as_wrong(questions: list[Question],
 
 
 def test_the_context_is_the_models() -> None:
-    model = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL, num_key_value_heads=2, max_position_embeddings=77))
-    assert context_length(model, None) == 77
-    assert context_length(model, 50) == 50
+    assert positions_of(LlamaConfig(max_position_embeddings=77)) == 77
+    assert positions_of(GPT2Config(n_positions=78)) == 78
+    assert positions_of(MambaConfig()) is None
+    assert [context_length(77, None), context_length(77, 50), context_length(None, 50), context_length(None, None)] == [77, 50, 50, 2048]
     with pytest.raises(UserError, match=r"mmlu\.max_length must be at most 77, the base model's positions, got 78"):
-        context_length(model, 78)
+        context_length(77, 78)
 
 
 def test_means_over_subjects_and_over_questions() -> None:
@@ -180,6 +182,13 @@ def test_intervals_agree_with_statsmodels() -> None:
     for right, total in ((0, 10), (3, 10), (57, 100), (10, 10)):
         one = score(["anatomy"] * total, [number < right for number in range(total)], [False] * total)
         assert one.micro.interval == pytest.approx(proportion.proportion_confint(right, total, method="wilson"), abs=1e-12)
+
+
+def test_one_question_a_subject_is_no_certainty() -> None:
+    """Its variance is 0: the interval of the mean must not be."""
+    scores = score(["anatomy", "virology"], [True, True], [False, False])
+    assert scores.macro.accuracy == 1.0 and scores.macro.interval[0] < 0.7
+    assert score(["anatomy"], [True], [False]).macro.interval == scores.subjects["anatomy"].interval
 
 
 def test_the_interval_of_a_mean_over_subjects_covers_it_as_often_as_it_says() -> None:

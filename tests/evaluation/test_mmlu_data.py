@@ -122,6 +122,40 @@ def test_a_published_exam_that_lacks_subjects_is_refused(tmp_path: Path) -> None
     assert len(read(write_exam(tmp_path / "own", ("house_rules",)), subjects=None)) == 6
 
 
+def test_the_hubs_folder_may_be_given_whole(tmp_path: Path) -> None:
+    """A download of cais/mmlu has the file of all subjects in all/."""
+    row = {"question": "1 + 1 =", "subject": "anatomy", "choices": ["1", "2", "3", "4"], "answer": 1}
+    (tmp_path / "all").mkdir()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "all" / "validation-00000-of-00001.parquet")
+    assert [question.problem.answer for question in read(tmp_path, split="val", shots=0, subjects=["anatomy"])] == [1]
+
+
+def test_a_blank_first_line_is_no_row(tmp_path: Path) -> None:
+    exam = write_exam(tmp_path, header=True)
+    questions = read(exam)
+    file = exam / "test" / "anatomy_test.csv"
+    file.write_bytes(b"\xef\xbb\xbf\r\n" + file.read_bytes())
+    assert read(exam) == questions
+
+
+def test_a_broken_file_of_a_subject_that_is_not_asked_for_is_left_alone(tmp_path: Path) -> None:
+    exam = write_exam(tmp_path)
+    (exam / "test" / "anatomy_test.csv").write_bytes(b"")
+    assert complaint(exam) == (
+        "EXAM/test/anatomy_test.csv: has no questions; copy the file again, or leave the subject out with --mmlu.subjects"
+    )
+    assert len(read(exam, subjects=["formal_logic"])) == 6
+    (exam / "test" / "anatomy_test.csv").unlink()
+    (exam / "test" / "anatomy_test.csv").mkdir()
+    assert complaint(exam).startswith("EXAM/test/anatomy_test.csv: cannot be read as CSV in UTF-8")
+
+
+def test_the_examples_are_not_asked_behind_themselves(tmp_path: Path) -> None:
+    exam = write_exam(tmp_path)
+    line = "mmlu.split dev holds the examples, which would stand before themselves with their answers; set --mmlu.shots 0"
+    assert complaint(exam, split="dev") == complaint(exam, split="dev", shots=2) == line
+
+
 def test_missing_files(tmp_path: Path) -> None:
     exam = write_exam(tmp_path)
     assert complaint(tmp_path / "nowhere").startswith("--mmlu.path EXAM: no such file or folder; give a folder with dev/")

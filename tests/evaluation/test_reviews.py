@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from qlora_lightning.errors import UserError
-from qlora_lightning.evaluation.reviews import Mode, own_prompts, parse_score, read_prompts
+from qlora_lightning.evaluation.reviews import Mode, own_prompts, parse_score, read_review_prompts
 
 REAL = os.environ.get("QLORA_LIGHTNING_REAL_DATA")
 
@@ -112,18 +112,18 @@ def prompt_file(tmp_path: Path, *rows: dict[str, Any]) -> Path:
 
 
 def test_prompts_are_chosen_by_category(tmp_path: Path) -> None:
-    prompts = read_prompts(prompt_file(tmp_path, prompt_row(), prompt_row(category="math", system_prompt="Compute.")))
+    prompts = read_review_prompts(prompt_file(tmp_path, prompt_row(), prompt_row(category="math", system_prompt="Compute.")))
     assert prompts.choose("math").messages("q", "a", "b")[0]["content"] == "Compute."
     assert prompts.choose("history").messages("q", "a", "b") == [
         {"role": "system", "content": "Judge."},
         {"role": "user", "content": "q a b Well?"},
     ]
     with pytest.raises(UserError, match="no review prompt for questions of category 'history', only for math"):
-        read_prompts(prompt_file(tmp_path, prompt_row(category="math"))).choose("history")
+        read_review_prompts(prompt_file(tmp_path, prompt_row(category="math"))).choose("history")
 
 
 def test_another_wording_has_another_hash(tmp_path: Path) -> None:
-    digests = {read_prompts(prompt_file(tmp_path, prompt_row(system_prompt=text))).digest for text in ("a", "b", "a")}
+    digests = {read_review_prompts(prompt_file(tmp_path, prompt_row(system_prompt=text))).digest for text in ("a", "b", "a")}
     assert len(digests) == 2
 
 
@@ -140,13 +140,13 @@ def test_another_wording_has_another_hash(tmp_path: Path) -> None:
 )
 def test_prompts_of_another_schema(row: dict[str, Any], line: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=line):
-        read_prompts(prompt_file(tmp_path, row))
+        read_review_prompts(prompt_file(tmp_path, row))
 
 
 @pytest.mark.skipif(not REAL, reason="needs the published prompts: set QLORA_LIGHTNING_REAL_DATA")
 @pytest.mark.parametrize("name", ["vicuna_prompt_relative", "vicuna_prompt_threeclass", "oa_prompt_threeclass"])
 def test_the_published_prompts_are_read(name: str) -> None:
-    prompts = read_prompts(Path(str(REAL), "vicuna_oa_eval", "prompts", f"{name}.jsonl"))
+    prompts = read_review_prompts(Path(str(REAL), "vicuna_oa_eval", "prompts", f"{name}.jsonl"))
     coding = prompts.choose("coding").messages("Sum a list", "A1", "A2")[1]["content"]
     assert "[Question]\nSum a list\n" in coding and coding.index("A1") < coding.index("A2")
     assert ("coding abilities" in coding) == name.startswith("vicuna")

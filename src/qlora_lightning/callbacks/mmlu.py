@@ -1,27 +1,26 @@
 """MMLU during training every n optimizer steps, and in ``validate``."""
 
-import json
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import WandbLogger
 from rich.table import Table
 
 from qlora_lightning.callbacks.monitor import between_steps
 from qlora_lightning.callbacks.progress import RunProgress
+from qlora_lightning.callbacks.run_files import drop_mmlu_after, mmlu_name, write_mmlu
 from qlora_lightning.console import console, say
 from qlora_lightning.data.spec import DataPath
-from qlora_lightning.errors import UserError
+from qlora_lightning.errors import UserError, check_least
 from qlora_lightning.evaluation.mmlu import Answers, MMLUTest, context_length
 from qlora_lightning.evaluation.mmlu_data import HUB_REVISION, Exam, Question, Split
 from qlora_lightning.evaluation.mmlu_prompt import Style
 from qlora_lightning.evaluation.mmlu_scores import MMLUScores, Score
+from qlora_lightning.loggers import RunWandbLogger
+from qlora_lightning.modeling.positions import base_positions
 from qlora_lightning.module import QLoRAModule
-
-FOLDER = "mmlu"
-"""Folder of a run with one JSON file an evaluation."""
 
 
 class MMLU(Callback):
@@ -57,20 +56,17 @@ class MMLU(Callback):
         max_length: int | None = None,
         share_examples: bool = True,
     ) -> None:
-        for name, value, least in (
-            ("shots", shots, 0),
-            ("limit", limit, 1),
-            ("every_n_steps", every_n_steps, 1),
-            ("batch_tokens", batch_tokens, 1),
-            ("max_length", max_length, 1),
-        ):
-            if value is not None and value < least:
-                raise UserError(f"mmlu.{name} must be at least {least}, got {value}; correct it or leave it out")
+        positive = {"limit": limit, "every_n_steps": every_n_steps, "batch_tokens": batch_tokens, "max_length": max_length}
+        check_least("mmlu", {"shots": (shots, 0)} | {name: (value, 1) for name, value in positive.items()})
         names = [name.strip() for name in subjects.split(",")] if isinstance(subjects, str) else subjects
+        if names is not None and not all([names, *names]):
+            raise UserError(f"mmlu.subjects must be names with commas between, got {subjects!r}; correct it, or leave it out for all")
         self.wanted = path is not None or hub_id is not None
         """Whether there is anything to score on."""
-        if not self.wanted and every_n_steps is not None:
-            raise UserError(f"mmlu.every_n_steps {every_n_steps} needs questions; give --mmlu.path FOLDER or --mmlu.hub_id cais/mmlu")
+        asked = {"every_n_steps": every_n_steps, "subjects": subjects, "shots": shots, "limit": limit, "max_length": max_length}
+        if not self.wanted and (given := [(name, value) for name, value in asked.items() if value is not None]):
+            name, value = given[0]
+            raise UserError(f"mmlu.{name} {value} needs questions; give --mmlu.path FOLDER or --mmlu.hub_id cais/mmlu")
         self.exam = Exam(path, hub_id or "cais/mmlu", revision, split, shots, names, limit)
         self.style: Style = style
         self.every_n_steps, self.batch_tokens, self.max_length, self.share_examples = (
@@ -79,14 +75,20 @@ class MMLU(Callback):
             max_length,
             share_examples,
         )
+        self.record: RunWandbLogger | None = None
+        """The W&B run that trained what ``validate`` scores, to add the result to; set before the Trainer runs."""
         self._questions: list[Question] | None = None
         self._test: MMLUTest | None = None
         self._step = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Read the questions before the model loads: what is wrong with them is said now."""
-        if stage == "validate" or self.every_n_steps is not None:
-            self.read()
+        """Read the questions and write the prompts as tokens before the model loads: what is wrong with either is said now."""
+        if not self.wanted or stage not in ("fit", "validate"):
+            return
+        if stage == "fit" and self.every_n_steps is None:
+            say("MMLU: left to validate; set --mmlu.every_n_steps N to score during fit too")
+            return
+        self._make(trainer, pl_module)
 
     def read(self) -> None:
         """Read the questions, once.
@@ -97,13 +99,10 @@ class MMLU(Callback):
         if self.wanted and self._questions is None:
             self._questions = self.exam.read()
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the prompts as tokens before the first step, so that a tokenizer which cannot is known by then."""
-        if self.every_n_steps is not None:
-            self._made(trainer, pl_module)
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step = trainer.global_step
+        if trainer.is_global_zero:
+            drop_mmlu_after(Path(trainer.default_root_dir), self._step)  # of a run that went further and will score them again
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.every_n_steps is None or trainer.global_step == self._step:
@@ -113,28 +112,24 @@ class MMLU(Callback):
         last = trainer.global_step >= data.total_steps > 0 or trainer.should_stop
         if last or trainer.global_step % self.every_n_steps == 0:
             with between_steps(trainer):
-                scores = self.evaluate(trainer, pl_module, f"step-{trainer.global_step:06d}")
+                scores = self.evaluate(trainer, pl_module, mmlu_name(trainer.global_step))
             for logger in trainer.loggers:  # at once: what `log` takes here, Lightning would repeat at every later step
                 logger.log_metrics(scores.metrics(), step=trainer.global_step - 1)
             say(f"MMLU after step {trainer.global_step}: {_percent(scores.macro)} (mean over {len(scores.subjects)} subjects)")
 
     def evaluate(self, trainer: Trainer, module: LightningModule, name: str) -> MMLUScores:
-        """Score the model as it is now, write ``mmlu/<name>.json`` into the run folder and the table to W&B.
+        """Score the model as it is now, write ``mmlu/<name>.json`` into the run folder and the subjects' table to W&B.
 
         Args:
             trainer: Whose strategy has loaded the model.
             module: The module with the model; its training state is as before afterwards.
             name: Of the file.
         """
-        assert isinstance(module, QLoRAModule)
-        test, began, strategy = self._made(trainer, module), time.perf_counter(), trainer.strategy
+        assert isinstance(module, QLoRAModule) and self._test is not None
+        test, began, strategy = self._test, time.perf_counter(), trainer.strategy
         progress = trainer.progress_bar_callback
-
-        def tick(done: int, of: int) -> None:
-            if isinstance(progress, RunProgress):
-                progress.count("MMLU", done, of)
-
-        with module.autocast(strategy.root_device):
+        counting = progress.counting("MMLU") if isinstance(progress, RunProgress) else nullcontext(lambda done, of: None)
+        with counting as tick, module.autocast(strategy.root_device):
             answers = test.answers(module.model, self.batch_tokens, self.share_examples, trainer.global_rank, trainer.world_size, tick)
         if trainer.world_size > 1:
             logits = strategy.reduce(answers.logits.to(strategy.root_device), reduce_op="sum").cpu()
@@ -144,40 +139,45 @@ class MMLU(Callback):
             self._record(trainer, module, scores, answers, name, time.perf_counter() - began)
         return scores
 
-    def _made(self, trainer: Trainer, module: LightningModule) -> MMLUTest:
+    def _make(self, trainer: Trainer, module: LightningModule) -> None:
         assert isinstance(module, QLoRAModule)
+        longest = context_length(base_positions(module.base_model, module.revision), self.max_length)
         self.read()
-        if self._test is None:
-            assert self._questions is not None
-            data: Any = trainer.datamodule  # type: ignore[attr-defined]
-            longest = context_length(module.model, self.max_length)
-            self._test = MMLUTest(self._questions, data.tokenizer, self.style, longest)
-            _say_what(self._test)
-        return self._test
+        assert self._questions is not None
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        self._test = MMLUTest(self._questions, data.tokenizer, self.style, longest)
+        _say_what(self._test)
 
     def _record(self, trainer: Trainer, module: QLoRAModule, scores: MMLUScores, answers: Answers, name: str, seconds: float) -> None:
         fitting = trainer.state.fn == "fit"
         document = {
             "step": trainer.global_step if fitting else None,
-            "model": module.base_model if module.initial_adapter is None else str(module.initial_adapter),
+            "model": str(module.initial_adapter or (not fitting and trainer.ckpt_path) or module.base_model),
             "style": self.style,
             "shots": max((len(question.shots) for question in self._questions or []), default=0),
-            "split": self.exam.split,
+            "split": None if self.exam.holds_prompts else self.exam.split,
             "source": self.exam.path or f"{self.exam.hub_id}@{self.exam.revision}",
             "limit": self.exam.limit,
             **scores.document(),
             "examples_shared": answers.shared,
             "seconds": round(seconds, 3),
         }
-        file = Path(trainer.default_root_dir, FOLDER, f"{name}.json")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        draft = file.with_suffix(".tmp")
-        draft.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-        draft.replace(file)
+        write_mmlu(Path(trainer.default_root_dir), name, document)
+        step = trainer.global_step if fitting else None
         for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                rows = [[subject, one.accuracy, *one.interval, one.questions] for subject, one in scores.subjects.items()]
-                logger.log_table(f"mmlu/subjects/{name}", ["subject", "accuracy", "low", "high", "questions"], rows)
+            if isinstance(logger, RunWandbLogger):
+                _log_table(logger, scores, step)
+        if self.record is not None:
+            self.record.log_metrics(scores.metrics())
+            _log_table(self.record, scores, step)
+            self.record.finalize("success")
+
+
+def _log_table(logger: RunWandbLogger, scores: MMLUScores, step: int | None) -> None:
+    """Under one name: W&B shows the newest and keeps the others by step."""
+    rows = [[step, subject, one.accuracy, *one.interval, one.questions] for subject, one in scores.subjects.items()]
+    columns = ["step", "subject", "accuracy", "low", "high", "questions"]
+    logger.log_table("mmlu/subjects", columns, rows, step=None if step is None else step - 1)
 
 
 def _say_what(test: MMLUTest) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
-from qlora_lightning.answers import Answer
+from qlora_lightning.answer_file import Answer
 from qlora_lightning.callbacks.samples import asked
 from qlora_lightning.console import say
 from qlora_lightning.data.formats import Conversation
@@ -21,7 +21,9 @@ PREDICTIONS_FILE = "predictions.jsonl"
 
 
 class Predictions(BasePredictionWriter):
-    """Write answers beside their references as batches end; the file appears when all are there.
+    """Write answers beside their references as batches end; the file appears when all are there, in the order of the held-out rows.
+
+    Each rank keeps its answers in a file of its own until then.
 
     Args:
         max_new_tokens: Longest answer of predict, in tokens.
@@ -34,18 +36,18 @@ class Predictions(BasePredictionWriter):
         super().__init__("batch")
         self.spec = GenerationSpec(max_new_tokens, temperature, top_p, seed)
         self._conversations: list[Conversation] = []
-        self._partial = Path()
-        self._count = self._tokens = 0
+        self._parts: list[Path] = []  # of each rank
         self._began = 0.0
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin an empty file beside the one to be."""
+        """Begin an empty file of this rank beside the one to be."""
         assert isinstance(pl_module, QLoRAModule)
         pl_module.generation = self.spec
         self._conversations = trainer.datamodule.heldout_conversations()  # type: ignore[attr-defined]
-        self._partial = Path(trainer.default_root_dir) / f"{PREDICTIONS_FILE}.partial"
-        self._partial.write_bytes(b"")
-        self._count, self._tokens, self._began = 0, 0, time.perf_counter()
+        root = Path(trainer.default_root_dir)
+        self._parts = [root / f"{PREDICTIONS_FILE}.partial-{rank}" for rank in range(trainer.world_size)]
+        self._parts[trainer.global_rank].write_bytes(b"")
+        self._began = time.perf_counter()
 
     def write_on_batch_end(
         self,
@@ -57,19 +59,25 @@ class Predictions(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        """Append the answers to the prompts ``batch_indices``."""
+        """Append the answers to the prompts ``batch_indices``, each with its number."""
         assert batch_indices is not None
-        with self._partial.open("a", encoding="utf-8") as file:
+        with self._parts[trainer.global_rank].open("a", encoding="utf-8") as file:
             for number, answer in zip(batch_indices, prediction, strict=True):
                 conversation = self._conversations[number]
                 row = {"prompt": asked(conversation), **asdict(answer), "reference": conversation[-1].content}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        self._count += len(prediction)
-        self._tokens += sum(answer.generated_tokens for answer in prediction)
+                file.write(json.dumps([number, row], ensure_ascii=False) + "\n")
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the file its name."""
-        target = self._partial.with_name(PREDICTIONS_FILE)
-        self._partial.replace(target)
-        seconds = time.perf_counter() - self._began
-        say(f"{self._count} answers, {self._tokens:,} tokens in {seconds:.1f} s ({self._tokens / seconds:,.1f} tokens/s): {target}")
+        """Once all ranks are done, the first one puts the answers together."""
+        trainer.strategy.barrier("predictions")
+        if not trainer.is_global_zero:
+            return
+        rows: dict[int, dict[str, Any]] = dict(json.loads(line) for part in self._parts for line in part.open(encoding="utf-8"))
+        target = self._parts[0].with_name(PREDICTIONS_FILE)
+        ordered = target.with_name(f"{PREDICTIONS_FILE}.ordered")
+        ordered.write_text("".join(json.dumps(rows[number], ensure_ascii=False) + "\n" for number in sorted(rows)), encoding="utf-8")
+        ordered.replace(target)
+        for part in self._parts:
+            part.unlink()
+        seconds, tokens = time.perf_counter() - self._began, sum(row["generated_tokens"] for row in rows.values())
+        say(f"{len(rows)} answers, {tokens:,} tokens in {seconds:.1f} s ({tokens / seconds:,.1f} tokens/s): {target}")

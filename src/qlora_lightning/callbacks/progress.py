@@ -7,7 +7,8 @@ step, a resumed run starts at its step, and metrics are read (which waits for th
 import io
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
@@ -17,60 +18,11 @@ from rich.text import Text
 from torch import Tensor
 from torch.optim import Optimizer
 
+from qlora_lightning.callbacks.pace import Pace
 from qlora_lightning.console import console, is_live, say
 
 READ_SECONDS = 0.5
 """Shortest time between two readings of metrics for a terminal."""
-
-
-def clock(seconds: float | None) -> str:
-    """``seconds`` as h:mm:ss; dashes when unknown."""
-    if seconds is None:
-        return "-:--:--"
-    minutes, rest = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
-
-
-@dataclass
-class Pace:
-    """Time of this session, whatever an earlier one took before a resume.
-
-    The speed leaves out the session's first step, which also compiles kernels and fills caches.
-    """
-
-    total: int | None
-    """Steps of the whole run; None when it has no end."""
-    step: int
-    """Steps done so far, those of earlier sessions included."""
-    started: float
-    """Moment of the session's start, in seconds."""
-    first_step: int = 0
-    first_moment: float | None = None
-    last_moment: float = 0.0
-
-    def advance(self, step: int, now: float) -> None:
-        """Note that ``step`` steps are done at the moment ``now``."""
-        if self.first_moment is None:
-            self.first_step, self.first_moment = step, now
-        self.step, self.last_moment = step, now
-
-    def elapsed(self, now: float) -> float:
-        """Seconds of this session."""
-        return now - self.started
-
-    def left(self, now: float) -> float | None:
-        """Seconds left at this session's speed; None while it is unknown."""
-        if self.total is None or self.first_moment is None or self.step == self.first_step:
-            return None
-        seconds_per_step = (self.last_moment - self.first_moment) / (self.step - self.first_step)
-        return max(0.0, (self.total - self.step) * seconds_per_step - (now - self.last_moment))
-
-    def times(self, now: float) -> str:
-        """Time of the session and time left."""
-        return f"{clock(self.elapsed(now))} < {clock(self.left(now))}"
-
-    def __str__(self) -> str:
-        return f"{self.step}/{'?' if self.total is None else self.total}"
 
 
 class Reading(NamedTuple):
@@ -259,14 +211,20 @@ class RunProgress(ProgressBar):
             say(f"{name} {self._evaluation}  {self._evaluation.times(now)}")
             self._printed_at = now
 
-    def count(self, name: str, done: int, of: int) -> None:
-        """Progress of other work that a run does, from 0 done to all."""
-        if done == 0:
-            self._remove_evaluation_bar()
-            self._evaluation = Pace(of, 0, time.monotonic())
-            return
-        self._show_evaluation(name, done, time.monotonic())
-        if done == of:
+    @contextmanager
+    def counting(self, name: str) -> Iterator[Callable[[int, int], None]]:
+        """Progress of other work that a run does, within this; yields what is to be told how much is done, of how much."""
+        self._remove_evaluation_bar()
+        self._evaluation = Pace(None, 0, time.monotonic())
+
+        def tick(done: int, of: int) -> None:
+            self._evaluation.total = of
+            if done:
+                self._show_evaluation(name, done, time.monotonic())
+
+        try:
+            yield tick
+        finally:  # outside of fit no other hook gives the terminal back, not even after Ctrl-C
             self._remove_evaluation_bar()
             if self._train_bar is None:
                 self._stop()

@@ -1,4 +1,4 @@
-"""Files that a run leaves in its folder beside metrics and checkpoints: ``audit.json`` and ``samples.jsonl``."""
+"""Files that a run leaves in its folder beside metrics and checkpoints: ``audit.json``, ``samples.jsonl`` and ``mmlu/``."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from qlora_lightning.data.audit import padding_waste
 from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.data.steps import StepShape
 
-AUDIT_FILE, SAMPLES_FILE = "audit.json", "samples.jsonl"
+AUDIT_FILE, SAMPLES_FILE, MMLU_FOLDER = "audit.json", "samples.jsonl", "mmlu"
 SAMPLE_COLUMNS = ("step", "prompt", "generation", "reference")
 """Of ``samples.jsonl`` and of the table in W&B. step: optimizer steps taken, 0 before training."""
 
@@ -58,6 +58,24 @@ def drop_samples_after(root: Path, step: int) -> None:
     """Drop the rows of later steps than ``step``, which a run that goes on from there will write again; -1 drops all."""
     if rows := read_samples(root):
         write_samples(root, [row for row in rows if row["step"] <= step])
+
+
+def write_mmlu(root: Path, name: str, document: dict[str, Any]) -> None:
+    """Write an MMLU evaluation as ``root/mmlu/<name>.json``."""
+    (root / MMLU_FOLDER).mkdir(parents=True, exist_ok=True)
+    _write_whole(root / MMLU_FOLDER / f"{name}.json", json.dumps(document, indent=2) + "\n")
+
+
+def mmlu_name(step: int) -> str:
+    """The name of a fit's evaluation after ``step`` optimizer steps: six digits, eight being those of a checkpoint that is validated."""
+    return f"step-{step:06d}"
+
+
+def drop_mmlu_after(root: Path, step: int) -> None:
+    """Delete a fit's evaluations after more than ``step`` optimizer steps, as ``drop_samples_after``."""
+    for file in (root / MMLU_FOLDER).glob("step-??????.json"):
+        if file.stem > mmlu_name(step):
+            file.unlink()
 
 
 def _write_whole(path: Path, text: str) -> None:

@@ -14,7 +14,7 @@ from qlora_lightning.data.collate import Collator
 from qlora_lightning.data.dataset import DataReport, TokenizedDataset
 from qlora_lightning.data.encoder import Encoder, encode_prompts
 from qlora_lightning.data.formats import Conversation
-from qlora_lightning.data.heldout import HeldoutExamples
+from qlora_lightning.data.heldout import HeldoutExamples, in_turn
 from qlora_lightning.data.packing import check_pack_length
 from qlora_lightning.data.rendering import Renderer, load_renderer
 from qlora_lightning.data.sets import InstructionSet, RowSet, merged, with_style_of
@@ -23,7 +23,7 @@ from qlora_lightning.data.steps import StepShape, check_division, own_generator
 from qlora_lightning.data.stream import StreamedSet
 from qlora_lightning.data.templates import TEMPLATES, TOKENIZER
 from qlora_lightning.data.training import PlannedTraining, StreamedTraining, Training
-from qlora_lightning.errors import UserError
+from qlora_lightning.errors import UserError, check_least
 from qlora_lightning.machine import usable_cores
 from qlora_lightning.modeling.tokenizer import filler_id, load_tokenizer
 
@@ -73,17 +73,9 @@ class InstructionDataModule(LightningDataModule):
         seed: int = 42,
     ) -> None:
         super().__init__()
-        for name, value, least in (
-            ("global_batch_size", global_batch_size, 1),
-            ("eval_batch_size", eval_batch_size, 1),
-            ("pack_length", pack_length, 1),
-            ("pad_to_multiple_of", pad_to_multiple_of, 1),
-            ("num_workers", num_workers, 0),
-            ("num_proc", num_proc, 1),
-            ("seed", seed, 0),
-        ):
-            if value is not None and value < least:
-                raise UserError(f"data.{name} must be at least {least}, got {value}; correct it")
+        positive = {"global_batch_size": global_batch_size, "eval_batch_size": eval_batch_size, "pack_length": pack_length}
+        positive |= {"pad_to_multiple_of": pad_to_multiple_of, "num_proc": num_proc}
+        check_least("data", {name: (value, 1) for name, value in positive.items()} | {"num_workers": (num_workers, 0), "seed": (seed, 0)})
         if seed >= 2**63:
             raise UserError(f"data.seed must be below 2**63, got {seed}; correct it")
         self.spec = dataset
@@ -175,9 +167,11 @@ class InstructionDataModule(LightningDataModule):
         return self._pack_length or max(_PACKED_ROW, 0 if self.streaming else int(self.train_set.lengths.max()))
 
     def heldout_conversations(self, n: int | None = None) -> list[Conversation]:
-        """The first ``n`` usable validation conversations (all for None), in the order of the rows; none where there is no validation."""
+        """Usable validation conversations, none where there is no validation: all for None, in the order of the sets and their rows; else
+        ``n`` at most, the first of each set in turn."""
         self._open()
-        return list(islice(chain.from_iterable(one.heldout_conversations() for one in self.sets), n))
+        sets = [one.heldout_conversations() for one in self.sets]
+        return list(chain.from_iterable(sets) if n is None else islice(in_turn(sets), n))
 
     # Steps
 

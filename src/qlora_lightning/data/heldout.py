@@ -6,8 +6,9 @@ Shapes: B rows of a batch, S sets, L buckets of lengths.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import zip_longest
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from qlora_lightning.data.dataset import TokenizedDataset, TokenizedExample
 from qlora_lightning.data.sets import RowSet
 
 _BORDERS = (128, 256, 512, 1024)
+T = TypeVar("T")
 BUCKETS = ("0-127", "128-255", "256-511", "512-1023", "1024+")
 """Names of the buckets: tokens of an example, prompt and answers, both ends included."""
 
@@ -105,6 +107,13 @@ def _loss_and_perplexity(sums: Tensor, suffix: str) -> dict[str, Tensor]:
         return {}
     loss = sums[0] / sums[1]
     return {f"loss{suffix}": loss.float(), f"perplexity{suffix}": loss.exp().float()}
+
+
+def in_turn(sets: Sequence[Iterable[T]]) -> Iterator[T]:
+    """The first of each set, then the second of each, until all are through; no set is read further than that."""
+    over = object()
+    for row in zip_longest(*sets, fillvalue=over):
+        yield from (one for one in row if one is not over)  # type: ignore[misc]
 
 
 def set_names(sets: Sequence[RowSet]) -> list[str]:

@@ -25,7 +25,7 @@ from qlora_lightning.data.spec import DatasetSpec
 from qlora_lightning.errors import UserError
 
 HUB = "hf://datasets/"
-_OPTIONS = "data.dataset"
+_OPTIONS = ("data.dataset.", "data.dataset.path")
 
 
 def fetch(spec: DatasetSpec) -> tuple[list[Path], list[Path]]:
@@ -69,14 +69,15 @@ def _download(spec: DatasetSpec, file: str) -> str:
     return download(spec.hub_id, file, spec.revision)
 
 
-def download(hub_id: str, file: str, revision: str | None, options: str = _OPTIONS) -> str:
+def download(hub_id: str, file: str, revision: str | None, options: tuple[str, str] = _OPTIONS) -> str:
     """The local path of a file of a hub data set, fetched if this machine does not have it.
 
     Args:
         hub_id: The data set.
         file: Its path in there.
         revision: Commit, tag or branch.
-        options: What the options are called that give all this (``options``.hub_id and so on), for the errors.
+        options: For the errors: what stands before hub_id, hub_file and revision in the options of that name, and the option for a
+            local file.
 
     Raises:
         UserError: the hub cannot be reached, or does not give the file.
@@ -87,7 +88,7 @@ def download(hub_id: str, file: str, revision: str | None, options: str = _OPTIO
         raise _refused(error, hub_id, file, revision, options) from error
     commit = re.search(r"/snapshots/([0-9a-f]{40})/", path)  # the hub's cache keeps files in folders named by commit
     if commit and commit[1] != revision:  # a branch moves: so that it can be pinned
-        say(f"{hub_id} at {revision} is commit {commit[1]}; pin it with --{options}.revision {commit[1]}")
+        say(f"{hub_id} at {revision} is commit {commit[1]}; pin it with --{options[0]}revision {commit[1]}")
     return path
 
 
@@ -110,25 +111,26 @@ def refusal(error: Exception, url: str) -> UserError:
     return _refused(error, hub_id, file, revision)
 
 
-def _refused(error: Exception, hub_id: str, file: str, revision: str | None, options: str = _OPTIONS) -> UserError:
+def _refused(error: Exception, hub_id: str, file: str, revision: str | None, options: tuple[str, str] = _OPTIONS) -> UserError:
+    prefix, local = options
     name = f"{file} of the hub data set {hub_id}"
     # The file system says of all that is missing FileNotFoundError; which of them it was is the cause, and a file has none.
     match error.__cause__ if type(error) is FileNotFoundError and error.__cause__ else error:
         case GatedRepoError():
             line = f"{name} is gated; accept its terms on the hub and log in with `hf auth login`"
         case RevisionNotFoundError():
-            line = f"{name} has no revision {revision}; correct {options}.revision"
+            line = f"{name} has no revision {revision}; correct {prefix}revision"
         case RepositoryNotFoundError():
-            line = f"the hub has no data set {hub_id}, or not for you; correct {options}.hub_id or log in"
+            line = f"the hub has no data set {hub_id}, or not for you; correct {prefix}hub_id or log in"
         case LocalEntryNotFoundError() | OfflineModeIsEnabled():
             line = (
                 f"{name} is not on this machine and the hub cannot be reached (HF_HUB_OFFLINE is set or there is no connection); "
-                f"go online or give a local copy with --{options}.path"
+                f"go online or give a local copy with --{local}"
             )
         case RemoteEntryNotFoundError() | FileNotFoundError():
-            line = f"there is no {name} at revision {revision}; correct {options}.hub_file"
+            line = f"there is no {name} at revision {revision}; correct {prefix}hub_file"
         case ValueError():
-            line = f"{options}.hub_id must look like owner/name, got {hub_id!r}; correct it"
+            line = f"{prefix}hub_id must look like owner/name, got {hub_id!r}; correct it"
         case _:
             line = f"{name} cannot be fetched ({' '.join(str(error).split())[:160]}); check the connection and the disk"
     return UserError(line)

@@ -61,5 +61,5 @@ class _Rate(ProgressColumn):
         self.unit = unit
 
     def render(self, task: Task) -> Text:
-        rate = f"  {_figure(task.speed)} {self.unit}/s" if task.speed else ""
+        rate = f"  {_figure(task.speed)}/s" if task.speed else ""
         return Text(f"{task.completed:,.0f} of {task.total or 0:,.0f} {self.unit}{rate}")

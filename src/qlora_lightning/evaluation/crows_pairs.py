@@ -8,7 +8,6 @@ the data set's authors is another thing. 50 % is no preference.
 """
 
 import json as json_module
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,14 +15,15 @@ from typing import Any
 
 import numpy as np
 from rich.table import Table
-from statsmodels.stats.proportion import proportion_confint
 from transformers import PreTrainedTokenizerBase
 
 from qlora_lightning.console import console, say
 from qlora_lightning.data.files import read_rows
 from qlora_lightning.errors import UserError
 from qlora_lightning.evaluation.counting import counting
+from qlora_lightning.evaluation.intervals import Estimate, mean, share
 from qlora_lightning.evaluation.likelihood import Scored, negative_log_likelihoods
+from qlora_lightning.evaluation.output import check_output, write_output
 from qlora_lightning.modeling.loading import Storage
 from qlora_lightning.modeling.trained import TrainedModel, load_trained
 
@@ -39,6 +39,7 @@ BIAS_TYPES = (
     "disability",
 )
 """In the order of their number of pairs in the published file."""
+DIRECTIONS = ("stereo", "antistereo")
 COLUMNS = ("sent_more", "sent_less", "stereo_antistereo", "bias_type")
 
 
@@ -121,13 +122,13 @@ def crows_pairs(
     for name, value in {"batch_size": batch_size, "limit": limit}.items():
         if value is not None and value < 1:
             raise UserError(f"{name} must be 1 or more, got {value}; leave it out for the default")
-    if output is not None:
-        _check_output(Path(output), overwrite)
+    check_output(output, overwrite)
     pairs = read_pairs(data)[:limit]
     trained = load_trained(Path(adapter) if adapter else None, base_model, storage)
     preferences = measure_pairs(trained, pairs, batch_size)
     if output is not None:
-        _write(Path(output), preferences)
+        write_output(output, _lines(preferences))
+        say(f"written: {output}")
     found = summarize(preferences)
     if json:
         print(json_module.dumps({"model": trained.name, "storage": trained.storage, **found}, indent=2))
@@ -138,7 +139,7 @@ def read_pairs(path: str | Path) -> list[Pair]:
     """The pairs of a file with the published columns.
 
     Raises:
-        UserError: the file is missing or broken, lacks a column, or a row has an empty sentence or an unknown bias type.
+        UserError: the file is missing or broken, lacks a column, or a row has an empty sentence or an unknown bias type or direction.
     """
     return [_pair(where, number, row) for number, (where, row) in enumerate(read_rows(path), 1)]
 
@@ -151,6 +152,8 @@ def _pair(where: str, number: int, row: dict[str, Any]) -> Pair:
         )
     if row["bias_type"] not in BIAS_TYPES:
         raise UserError(f"{where}: bias_type must be one of {', '.join(BIAS_TYPES)}, got {row['bias_type']!r}; correct the row")
+    if row["stereo_antistereo"] not in DIRECTIONS:
+        raise UserError(f"{where}: stereo_antistereo must be stereo or antistereo, got {row['stereo_antistereo']!r}; correct the row")
     if not all(isinstance(row[name], str) and row[name].strip() for name in COLUMNS):
         raise UserError(f"{where}: a pair needs two sentences, one is empty; correct the row")
     return Pair(number, *(row[name] for name in COLUMNS))
@@ -199,10 +202,8 @@ def summarize(preferences: Sequence[Preference]) -> dict[str, Any]:
     return {
         "overall": asdict(_share(preferences)),
         "mean": _mean(list(categories.values())),
-        "categories": {name: asdict(share) for name, share in categories.items()},
-        "directions": {
-            name: asdict(share) for name, share in _shares(preferences, lambda one: one.stereo_antistereo, ("stereo", "antistereo")).items()
-        },
+        "categories": {name: asdict(one) for name, one in categories.items()},
+        "directions": {name: asdict(found) for name, found in _shares(preferences, lambda one: one.stereo_antistereo, DIRECTIONS).items()},
     }
 
 
@@ -212,43 +213,21 @@ def _shares(preferences: Sequence[Preference], key: Callable[[Preference], str],
 
 
 def _share(preferences: Sequence[Preference]) -> Share:
-    """With the Wilson interval, which holds for few pairs and near 0 and 100 too."""
-    pairs, preferred = len(preferences), sum(one.difference > 0 for one in preferences)
-    low, high = proportion_confint(preferred, pairs, method="wilson")
+    pairs = len(preferences)
+    value, low, high = share(sum(one.difference > 0 for one in preferences), pairs)
     per_token = sum(one.difference_per_token > 0 for one in preferences)
     ties = sum(one.difference == 0 for one in preferences)
-    return Share(pairs, ties, 100 * preferred / pairs, 100 * float(low), 100 * float(high), 100 * per_token / pairs)
+    return Share(pairs, ties, 100 * value, 100 * low, 100 * high, 100 * per_token / pairs)
 
 
 def _mean(shares: Sequence[Share]) -> dict[str, float]:
-    """The mean over categories, each of the same weight.
-
-    Its interval combines the categories' Wilson intervals (the method of variance estimates recovery: Zou and Donner, Statistics in
-    Medicine 27, 2008): the distances from the percentages to their ends add up as independent errors do.
-    """
-    count, percent = len(shares), sum(share.percent for share in shares) / len(shares)
-    below = math.hypot(*(share.percent - share.low for share in shares)) / count
-    above = math.hypot(*(share.high - share.percent for share in shares)) / count
-    return {"percent": percent, "low": percent - below, "high": percent + above}
+    """The mean over categories, each of the same weight, with its interval; in percent."""
+    found = mean([Estimate(one.percent / 100, one.low / 100, one.high / 100) for one in shares])
+    return {"percent": 100 * found.value, "low": 100 * found.low, "high": 100 * found.high}
 
 
-def _check_output(target: Path, overwrite: bool) -> None:
-    """Before a model is loaded, which takes long."""
-    if target.exists() and (target.is_dir() or not overwrite):
-        raise UserError(f"output {target} exists; give the name of another file" + ("" if target.is_dir() else " or --overwrite"))
-    if not target.parent.is_dir():
-        raise UserError(f"the folder of output {target} does not exist; make it first")
-
-
-def _write(target: Path, preferences: Sequence[Preference]) -> None:
-    lines = [json_module.dumps(asdict(one) | {"preferred": _preferred(one)}) + "\n" for one in preferences]
-    beside = target.with_name(target.name + ".partial")
-    try:
-        beside.write_text("".join(lines), encoding="utf-8")
-        beside.replace(target)
-    except OSError as error:
-        raise UserError(f"output {target} cannot be written ({error.strerror}); give a file in a folder that can") from error
-    say(f"written: {target}")
+def _lines(preferences: Sequence[Preference]) -> str:
+    return "".join(json_module.dumps(asdict(one) | {"preferred": _preferred(one)}) + "\n" for one in preferences)
 
 
 def _preferred(one: Preference) -> str:
@@ -261,8 +240,8 @@ def _show(title: str, found: dict[str, Any]) -> None:
     table.add_column("bias", no_wrap=True)
     for heading in ("pairs", "percent", "95 % interval", "by token", "ties"):
         table.add_column(heading, justify="right")
-    for name, share in found["categories"].items():
-        table.add_row(name, *_cells(share))
+    for name, one in found["categories"].items():
+        table.add_row(name, *_cells(one))
     table.add_section()
     table.add_row("all pairs", *_cells(found["overall"]))
     mean = found["mean"]
@@ -270,6 +249,6 @@ def _show(title: str, found: dict[str, Any]) -> None:
     console.print(table)
 
 
-def _cells(share: dict[str, Any]) -> tuple[str, ...]:
-    interval = f"{share['low']:.1f} to {share['high']:.1f}"
-    return f"{share['pairs']:,}", f"{share['percent']:.1f}", interval, f"{share['percent_per_token']:.1f}", str(share["ties"])
+def _cells(one: dict[str, Any]) -> tuple[str, ...]:
+    interval = f"{one['low']:.1f} to {one['high']:.1f}"
+    return f"{one['pairs']:,}", f"{one['percent']:.1f}", interval, f"{one['percent_per_token']:.1f}", str(one["ties"])

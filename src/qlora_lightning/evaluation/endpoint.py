@@ -6,25 +6,20 @@ requests rather than threads: an interrupt then ends calls that still wait for a
 
 import asyncio
 import os
-import random
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from itertools import islice
 from typing import Any, Literal
 
 import openai
 
 from qlora_lightning.errors import UserError
+from qlora_lightning.evaluation.waiting import Gate, backoff, retry_after
 
-FIRST_WAIT_SECONDS = 1.0
-"""Longest wait before the first retry; it doubles with each."""
-LONGEST_BACKOFF_SECONDS = 60.0
-"""Where the doubling ends."""
 LONGEST_RETRY_AFTER_SECONDS = 600.0
 """A server that asks for a longer pause than this (a used-up day's quota, say) is not waited for."""
+FAILURES_IN_A_ROW = 20
+"""After so many requests without a reply in between, the server is taken to be gone."""
 _NO_KEY = "none"  # the client refuses to start without one
 
 
@@ -94,15 +89,21 @@ class Endpoint:
 
     def __init__(self, spec: EndpointSpec) -> None:
         self.spec = spec
-        self._key = os.environ.get(spec.key_variable) or _NO_KEY
+        self._key = os.environ.get(spec.key_variable, "").strip() or _NO_KEY  # strip: read from a file, a key often ends in a line end
+        if not (self._key.isascii() and self._key.isprintable()):
+            raise UserError(f"a key must be plain ASCII, but that in {spec.key_variable} holds other characters; export the right one")
 
-    def check(self) -> None:
+    def check(self, temperature: float = 0.0, top_p: float = 1.0) -> None:
         """Ask for a few tokens once, so that a wrong address, key or model shows before the work starts.
+
+        Args:
+            temperature: As the work will ask for it: some models refuse all but one.
+            top_p: The same.
 
         Raises:
             UserError: the server refuses or is not there. A busy server (429, 5xx) passes: the work waits for it.
         """
-        request = ChatRequest([{"role": "user", "content": "Say OK."}], max_tokens=16, temperature=0.0)
+        request = ChatRequest([{"role": "user", "content": "Say OK."}], 16, temperature, top_p)
         with asyncio.Runner() as runner:
             failure = runner.run(self._try_once(request))
         if failure is not None:
@@ -112,9 +113,23 @@ class Endpoint:
         """Replies to numbered requests as they come, in any order. Requests are drawn as places get free.
 
         A request that fails gives a reply with ``error`` and leaves the others alone.
+
+        Raises:
+            UserError: ``FAILURES_IN_A_ROW`` failed in a row.
         """
+        failed = 0
+        for number, reply in self._all_replies(requests):
+            failed = 0 if reply.error is None else failed + 1
+            yield number, reply
+            if failed == FAILURES_IN_A_ROW:
+                raise UserError(
+                    f"{self.spec.base_url} failed {failed} times in a row, at last: {reply.error}; what it answered before is kept, "
+                    "and the same command (without --overwrite) goes on when it answers again"
+                )
+
+    def _all_replies(self, requests: Iterable[tuple[int, ChatRequest]]) -> Iterator[tuple[int, ChatReply]]:
         pending = iter(requests)
-        gate = _Gate(self.spec.requests_per_minute)
+        gate = Gate(self.spec.requests_per_minute)
         running: dict[asyncio.Task[ChatReply], int] = {}
         with asyncio.Runner() as runner:
             client = self._client()
@@ -139,7 +154,7 @@ class Endpoint:
             outcome = await self._attempt(client, request, 1)
         return outcome if isinstance(outcome, _Failure) else None
 
-    async def _reply(self, client: openai.AsyncOpenAI, gate: "_Gate", request: ChatRequest) -> ChatReply:
+    async def _reply(self, client: openai.AsyncOpenAI, gate: Gate, request: ChatRequest) -> ChatReply:
         attempt = 0
         while True:
             attempt += 1
@@ -149,10 +164,8 @@ class Endpoint:
                 return outcome
             if not outcome.temporary or attempt > self.spec.retries:
                 return ChatReply(None, outcome.text, 0, 0, None, attempt)
-            if outcome.retry_after is not None:
-                gate.hold(outcome.retry_after)  # the others would be turned away as well
-            else:
-                await asyncio.sleep(_backoff(attempt))
+            gate.hold(outcome.retry_after)  # the others would be turned away as well
+            await asyncio.sleep(backoff(attempt))  # also then: servers ask for 0 seconds
 
     async def _attempt(self, client: openai.AsyncOpenAI, request: ChatRequest, attempt: int) -> "ChatReply | _Failure":
         options: dict[str, Any] = {self.spec.completion_limit: request.max_tokens}
@@ -193,7 +206,7 @@ class _Failure:
     """HTTP status; 0 without an answer, 200 where the answer was not the protocol's."""
     temporary: bool
     """Whether trying again can help."""
-    retry_after: float | None = None
+    retry_after: float = 0.0
     """Seconds that the server asks to wait."""
 
     @classmethod
@@ -206,28 +219,10 @@ class _Failure:
             return cls(f"no connection: {error.__cause__ or said}", 0, True)
         if not isinstance(error, openai.APIStatusError):
             return cls(f"a reply that is not the protocol's: {said}", 200, True)
-        wait = _retry_after(error.response.headers)
-        lasting = error.code == "insufficient_quota" or (wait or 0.0) > LONGEST_RETRY_AFTER_SECONDS
+        wait = retry_after(error.response.headers)
+        lasting = error.code == "insufficient_quota" or wait > LONGEST_RETRY_AFTER_SECONDS
         status = error.status_code
         return cls(f"{status}: {said}", status, (status in (408, 409, 429) or status >= 500) and not lasting, wait)
-
-
-class _Gate:
-    """Lets attempts start at even distances: no minute holds more than its share."""
-
-    def __init__(self, per_minute: int | None) -> None:
-        self._distance = 60 / per_minute if per_minute else 0.0
-        self._next = 0.0
-
-    async def enter(self) -> None:
-        now = time.monotonic()
-        start = max(now, self._next)
-        self._next = start + self._distance
-        await asyncio.sleep(start - now)
-
-    def hold(self, seconds: float) -> None:
-        """Let nobody in for a while."""
-        self._next = max(self._next, time.monotonic() + seconds)
 
 
 def _read(completion: Any, attempt: int) -> ChatReply:
@@ -237,31 +232,18 @@ def _read(completion: Any, attempt: int) -> ChatReply:
         text = choice.message.content or getattr(choice.message, "refusal", None) or ""
         if not isinstance(text, str):
             raise TypeError(f"content is a {type(text).__name__}")
-    except (AttributeError, IndexError, TypeError) as error:
-        raise ValueError(f"no choices with a message ({error})") from error
+    except (AttributeError, LookupError, TypeError) as error:
+        said = getattr(completion, "error", None) or error  # some servers send an error as if all were well
+        raise ValueError(f"no choices with a message ({said})") from error
     text = text.encode("utf-8", "replace").decode()  # half a surrogate pair, which no file takes, becomes a question mark
-    prompt_tokens, completion_tokens = (usage.prompt_tokens, usage.completion_tokens) if usage else (0, 0)
-    return ChatReply(text, None, prompt_tokens or 0, completion_tokens or 0, choice.finish_reason, attempt)
+    finish = getattr(choice, "finish_reason", None)
+    return ChatReply(text, None, _count(usage, "prompt_tokens"), _count(usage, "completion_tokens"), finish, attempt)
 
 
-def _backoff(attempt: int) -> float:
-    """Seconds before the next attempt: doubling, and spread so that requests turned away together do not come back together."""
-    longest: float = min(LONGEST_BACKOFF_SECONDS, FIRST_WAIT_SECONDS * 2 ** (attempt - 1))
-    return random.uniform(longest / 2, longest)
-
-
-def _retry_after(headers: Any) -> float | None:
-    """Seconds that a reply asks to wait: a number or a date (RFC 9110, 10.2.3); None where it does not."""
-    value = headers.get("retry-after", "")
-    try:
-        return max(0.0, float(value))
-    except ValueError:
-        pass
-    try:
-        date = parsedate_to_datetime(value)
-    except ValueError:
-        return None
-    return max(0.0, (date - datetime.now(UTC)).total_seconds())
+def _count(usage: Any, name: str) -> int:
+    """A number of tokens that the server counted; 0 where it did not, or gives something else."""
+    count = getattr(usage, name, None)
+    return count if isinstance(count, int) else 0
 
 
 def _said(error: Exception) -> str:

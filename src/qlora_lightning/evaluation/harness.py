@@ -12,6 +12,7 @@ from rich.table import Table
 from qlora_lightning import __version__
 from qlora_lightning.console import console, say
 from qlora_lightning.errors import UserError
+from qlora_lightning.evaluation.output import check_output, write_output
 from qlora_lightning.loggers import RunWandbLogger
 from qlora_lightning.modeling.loading import Storage
 from qlora_lightning.modeling.trained import TrainedModel, load_trained
@@ -60,7 +61,7 @@ def evaluate(
     """
     _check(shots, limit, batch_size)
     for file in (output, samples):
-        _check_output(file, overwrite)
+        check_output(file, overwrite)
     logger = _wandb_logger(wandb_project, Path(run) if run else None)
     say("Loading lm-evaluation-harness")
     # not before: that takes seconds, and what is wrong above need not wait for it
@@ -77,9 +78,9 @@ def evaluate(
     settings = {"tasks": tasks, "shots": shots, "limit": limit, "batch_size": batch_size, "seed": seed, "include_path": include_path}
     document = summarise(raw, trained, settings)
     if samples:
-        _write(Path(samples), _sample_lines(raw))
+        write_output(samples, _sample_lines(raw))
     if output:
-        _write(Path(output), json_module.dumps(document, indent=2) + "\n")
+        write_output(output, json_module.dumps(document, indent=2) + "\n")
     if json:
         print(json_module.dumps(document, indent=2))
     console.print(_table(document))
@@ -159,20 +160,6 @@ def _check(shots: int | None, limit: int | None, batch_size: int | Literal["auto
         raise UserError(f"limit must be 1 or more, got {limit}; leave it out for all questions")
     if batch_size != "auto" and batch_size < 1:
         raise UserError(f"batch_size must be auto or 1 or more, got {batch_size}; leave it out for auto")
-
-
-def _check_output(file: str | None, overwrite: bool) -> None:
-    """Before anything is loaded: a model takes long to load and to measure."""
-    if file and Path(file).exists() and not (overwrite and Path(file).is_file()):
-        raise UserError(f"{file} exists; give another name" + (" or --overwrite" if Path(file).is_file() else ""))
-    if file and not Path(file).parent.is_dir():
-        raise UserError(f"the folder of {file} does not exist; make it first")
-
-
-def _write(target: Path, text: str) -> None:
-    beside = target.with_name(target.name + ".partial")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(target)
 
 
 def _wandb_logger(project: str | None, run: Path | None) -> RunWandbLogger | None:

@@ -1,20 +1,24 @@
 """``judge``: let a model judge the answers of systems against each other."""
 
 import json as json_module
+import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.markup import escape
 from rich.table import Column, Table
 
 from qlora_lightning.console import console, say
 from qlora_lightning.errors import UserError
-from qlora_lightning.evaluation.answers import check_same_questions, pair_up, read_questions, read_systems
 from qlora_lightning.evaluation.endpoint import Endpoint, EndpointSpec
-from qlora_lightning.evaluation.judging import Asking, Judge, ask, budget, due_reviews, summary
-from qlora_lightning.evaluation.reviews import digest, own_prompts, read_prompts
+from qlora_lightning.evaluation.judging import Asking, ask, budget, due_reviews, summary
+from qlora_lightning.evaluation.reviews import digest, own_prompts, read_review_prompts
+from qlora_lightning.evaluation.systems import check_same_questions, pair_up, read_questions, read_systems
 from qlora_lightning.evaluation.verdict_log import VerdictLog, check_folder, prepare_folder
+
+if TYPE_CHECKING:
+    from qlora_lightning.evaluation.local_judge import LocalJudge
 
 
 def judge(
@@ -83,38 +87,44 @@ def judge(
         raise UserError("relative mode scores every system beside one; name it with --reference NAME")
     if limit is not None and limit < 1:
         raise UserError(f"limit must be 1 or more, got {limit}; leave it out for all questions")
+    if any(price is not None and not 0 <= price < math.inf for price in (price_in, price_out)):
+        raise UserError(f"prices must be 0 or more, got {price_in} and {price_out}; leave out what is not known")
     name = _judge_name(base_url, judge_model, judge_adapter or judge_base)
-    asking = Asking(mode, read_prompts(prompts) if prompts else own_prompts(mode), name, temperature, max_tokens)
-    endpoint = None
+    asking = Asking(mode, read_review_prompts(prompts) if prompts else own_prompts(mode), name, temperature, max_tokens)
+    chosen: Endpoint | LocalJudge
     if base_url:
-        endpoint = Endpoint(
+        chosen = Endpoint(
             EndpointSpec(base_url, name, key_variable, parallel, requests_per_minute, timeout_seconds, retries, completion_limit)
         )
+    else:
+        from qlora_lightning.evaluation import local_judge  # torch and transformers, which a server's judge does without
+
+        chosen = local_judge.LocalJudge(judge_adapter, judge_base, judge_template, asking, batch_size)
     all_questions, systems = read_questions(questions), read_systems(answers)
     asked = all_questions[:limit]
     check_same_questions(asked, systems)
     matches = pair_up(systems, reference, orders)
 
     folder, settings = Path(output), {**asking.settings(), "questions": digest([asdict(question) for question in all_questions])}
+    if not isinstance(chosen, Endpoint):
+        settings |= chosen.identity()
     answered = {system.name: system.digest for system in systems}
     if not overwrite:
         check_folder(folder, settings, answered)
     log = VerdictLog(folder, [] if overwrite else [(match.first.name, match.second.name) for match in matches])
     reviews = due_reviews(asked, matches, log.given)
-    needed = budget(reviews, asking, requests_per_minute if endpoint else None, price_in, price_out)
+    needed = budget(reviews, asking, requests_per_minute if base_url else None, price_in, price_out)
     say(f"{len(systems)} systems, {len(asked)} questions, {len(matches)} matches; {len(log.verdicts):,} verdicts are there already")
     say(f"to do: {needed}")
     if dry_run:
         if json:
             print(json_module.dumps(asdict(needed)))
         return
-    failed = 0
-    if endpoint and reviews:
-        endpoint.check()
+    if reviews:
+        chosen.check(temperature) if isinstance(chosen, Endpoint) else chosen.load()
     with log:
         prepare_folder(folder, settings, answered, overwrite)
-        if reviews:
-            failed = ask(endpoint or _here(judge_adapter, judge_base, judge_template, asking, batch_size), reviews, asking, log)
+        failed = ask(chosen, reviews, asking, log) if reviews else 0
     found = {**summary(log, matches), "failed": failed}
     if json:
         print(json_module.dumps(found, ensure_ascii=False))
@@ -135,12 +145,6 @@ def _judge_name(base_url: str | None, judge_model: str | None, here: str | None)
         f"name one judge, got {given or 'none'}; give --base_url and --judge_model for a server, "
         "or --judge_base or --judge_adapter for one here"
     )
-
-
-def _here(adapter: str | None, base: str | None, template: str | None, asking: Asking, batch_size: int) -> Judge:
-    from qlora_lightning.evaluation.local_judge import load_judge  # torch and transformers, which a server's judge does without
-
-    return load_judge(adapter, base, template, asking, batch_size)
 
 
 def _print(found: dict[str, Any]) -> None:

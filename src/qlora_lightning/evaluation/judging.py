@@ -1,22 +1,21 @@
 """Asking a judge: which reviews are due, what they will cost, and the verdicts as they come."""
 
+import math
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from typing import Any, Protocol
 
 from qlora_lightning.console import say
 from qlora_lightning.errors import UserError
-from qlora_lightning.evaluation.answers import Match, Question
 from qlora_lightning.evaluation.counting import counting
 from qlora_lightning.evaluation.endpoint import ChatReply, ChatRequest
 from qlora_lightning.evaluation.reviews import UNPARSED, Mode, ReviewPrompts, parse_score
-from qlora_lightning.evaluation.verdict_log import Verdict, VerdictLog
+from qlora_lightning.evaluation.systems import Match, Question
+from qlora_lightning.evaluation.verdict_log import VerdictLog, VerdictRow
 
-CHARACTERS_PER_TOKEN = 4
-"""Of English text, about; other scripts take more tokens."""
-FAILURES_IN_A_ROW = 20
-"""After so many requests without a reply in between, the judge is taken to be gone."""
+BYTES_PER_TOKEN = 4
+"""Of text in UTF-8, about, in any script: a letter of Cyrillic has two bytes, one of Chinese three."""
 _FAILURES_SHOWN = 3
 
 
@@ -41,7 +40,7 @@ class Asking:
     """Longest reply, in tokens."""
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or self.max_tokens < 1:
+        if not 0 <= self.temperature < math.inf or self.max_tokens < 1:
             raise UserError(f"need temperature >= 0 and max_tokens >= 1, got {self.temperature:g} and {self.max_tokens}; correct them")
 
     def settings(self) -> dict[str, Any]:
@@ -62,16 +61,22 @@ class Review:
     question: Question
     match: Match
 
+    @property
+    def number(self) -> int:
+        """63 bits that are the review's own in every run: a judge here draws its reply by them."""
+        name = "\n".join((str(self.question.id), self.match.first.name, self.match.second.name))
+        return int.from_bytes(sha256(name.encode()).digest()[:8]) >> 1
+
     def request(self, asking: Asking) -> ChatRequest:
         """What the judge is asked."""
         first, second = (system.answers[str(self.question.id)] for system in (self.match.first, self.match.second))
         messages = asking.prompts.choose(self.question.category).messages(self.question.text, first, second)
         return ChatRequest(messages, asking.max_tokens, asking.temperature)
 
-    def verdict(self, asking: Asking, reply: ChatReply) -> Verdict:
+    def verdict(self, asking: Asking, reply: ChatReply) -> VerdictRow:
         """What the judge's reply comes to."""
         assert reply.text is not None
-        return Verdict(
+        return VerdictRow(
             question_id=self.question.id,
             category=self.question.category,
             kind=asking.mode,
@@ -101,7 +106,7 @@ class Budget:
 
     requests: int
     prompt_tokens_estimate: int
-    """Characters divided by four."""
+    """Bytes divided by four."""
     completion_tokens_at_most: int
     minutes_at_least: float | None
     """At the rate limit; None without one."""
@@ -111,7 +116,7 @@ class Budget:
     def __str__(self) -> str:
         parts = [
             f"{self.requests:,} requests",
-            f"about {self.prompt_tokens_estimate:,} prompt tokens (an estimate: characters / {CHARACTERS_PER_TOKEN})",
+            f"about {self.prompt_tokens_estimate:,} prompt tokens (an estimate: bytes / {BYTES_PER_TOKEN})",
             f"at most {self.completion_tokens_at_most:,} completion tokens",
         ]
         if self.minutes_at_least is not None:
@@ -125,8 +130,8 @@ def budget(
     reviews: list[Review], asking: Asking, requests_per_minute: int | None, price_in: float | None, price_out: float | None
 ) -> Budget:
     """Count what the reviews will take; prices are per million tokens."""
-    characters = sum(len(message["content"]) for review in reviews for message in review.request(asking).messages)
-    prompt_tokens, completion_tokens = characters // CHARACTERS_PER_TOKEN, len(reviews) * asking.max_tokens
+    size = sum(len(message["content"].encode()) for review in reviews for message in review.request(asking).messages)
+    prompt_tokens, completion_tokens = size // BYTES_PER_TOKEN, len(reviews) * asking.max_tokens
     priced = price_in is not None or price_out is not None
     return Budget(
         len(reviews),
@@ -139,34 +144,18 @@ def budget(
 
 def ask(judge: Judge, reviews: list[Review], asking: Asking, log: VerdictLog) -> int:
     """Ask for the reviews, write each verdict as it comes, and give the number of reviews that got no reply."""
-    failed = in_a_row = 0
-    requests = ((number, review.request(asking)) for number, review in enumerate(reviews))
-    with counting("judging", len(reviews), "reviews") as advance, _going_on():
+    failed, due = 0, {review.number: review for review in reviews}
+    requests = ((number, review.request(asking)) for number, review in due.items())
+    with counting("judging", len(reviews), "reviews") as advance:
         for number, reply in judge.replies(requests):
             advance(1)
             if reply.error is None:
-                log.add(reviews[number].verdict(asking, reply))
-                in_a_row = 0
+                log.add(due[number].verdict(asking, reply))
                 continue
-            failed, in_a_row = failed + 1, in_a_row + 1
+            failed += 1
             if failed <= _FAILURES_SHOWN:
-                _report_failure(reviews[number], reply)
-            if in_a_row == FAILURES_IN_A_ROW:
-                raise UserError(
-                    f"the judge failed {in_a_row} times in a row, at last: {reply.error}; the verdicts so far are kept, "
-                    "and the same command goes on when it answers again"
-                )
+                _report_failure(due[number], reply)
     return failed
-
-
-@contextmanager
-def _going_on() -> Iterator[None]:
-    """Say to a user who interrupts that nothing is lost."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        say("interrupted; the verdicts so far are kept, and the same command goes on")
-        raise
 
 
 def _report_failure(review: Review, reply: ChatReply) -> None:
@@ -187,7 +176,7 @@ class MatchCount:
     second_better: int = 0
     equal: int = 0
 
-    def count(self, verdict: Verdict) -> None:
+    def count(self, verdict: VerdictRow) -> None:
         """Take a verdict in; of two scores the higher one is better."""
         score, self.verdicts = verdict.score, self.verdicts + 1
         if isinstance(score, list):

@@ -129,14 +129,13 @@ def _part_of(groups: list[list[int]], lengths: list[int], rank: int, ranks: int)
     return parts[rank]
 
 
-def context_length(model: Any, wanted: int | None) -> int:
-    """The longest prompt: what the model's configuration says, or less where that is wanted.
+def context_length(positions: int | None, wanted: int | None) -> int:
+    """The longest prompt in tokens: the model's positions, or less where that is wanted; 2,048 where neither is known.
 
     Raises:
         UserError: more is wanted.
     """
-    config = model.config.get_text_config()
-    most = int(getattr(config, "max_position_embeddings", 0) or wanted or 2048)
+    most = positions or wanted or 2048
     if wanted is not None and wanted > most:
         raise UserError(f"mmlu.max_length must be at most {most}, the base model's positions, got {wanted}; lower it or leave it out")
     return wanted or most

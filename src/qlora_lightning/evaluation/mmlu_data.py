@@ -7,7 +7,7 @@ authors released them, whose prompts are taken apart again and must be the paper
 import csv
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -50,7 +50,7 @@ class Exam:
     """What is read, and from where."""
 
     path: str | None = None
-    """A folder of CSVs or Parquet files, or a file of JSON Lines; None: ``hub_id``."""
+    """A folder of CSVs or Parquet files, or a file of JSON Lines (which is one split, whatever ``split`` says); None: ``hub_id``."""
     hub_id: str = "cais/mmlu"
     revision: str = HUB_REVISION
     split: Split = "test"
@@ -66,18 +66,24 @@ class Exam:
         Raises:
             UserError: files or subjects are missing, a row is wrong, or there are fewer examples than asked for.
         """
-        prompts = self.path if self.path is not None and self.path.endswith(_JSON_SUFFIXES) else None
-        questions = self._from_tables() if prompts is None else self._from_prompts(prompts)
+        questions = self._from_prompts(self.path) if self.path is not None and self.holds_prompts else self._from_tables()
         chosen = _chosen(questions, self.subjects, self.path or self.hub_id)
         return [question for name in sorted(chosen) for question in questions[name][: self.limit]]
 
+    @property
+    def holds_prompts(self) -> bool:
+        """Whether the source is JSON Lines, each with its examples in it."""
+        return self.path is not None and self.path.endswith(_JSON_SUFFIXES)
+
     def _from_tables(self) -> dict[str, list[Question]]:
+        if self.split == "dev" and self.shots != 0:
+            raise UserError("mmlu.split dev holds the examples, which would stand before themselves with their answers; set --mmlu.shots 0")
         problems, examples = self._tables(self.split), {} if self.shots == 0 else self._tables("dev")
         wanted = 5 if self.shots is None else self.shots
         questions = {}
         for subject, solved in problems.items():
             shots = tuple(examples.get(subject, [])[:wanted])
-            if len(shots) < wanted and (self.subjects is None or subject in self.subjects):
+            if len(shots) < wanted and self._wants(subject):
                 raise UserError(
                     f"{self.path or self.hub_id}: {subject} needs {wanted} examples in its dev split, found {len(shots)}; "
                     f"add them or set --mmlu.shots {len(shots)}"
@@ -86,23 +92,28 @@ class Exam:
         return questions
 
     def _tables(self, split: Split) -> dict[str, list[Problem]]:
-        """The problems of each subject in one split."""
+        """The problems of each subject in one split; none, unread, of a subject that is not wanted and has a file of its own."""
+        name = "validation" if split == "val" else split  # as the hub has it
         if self.path is None:
-            name = "validation" if split == "val" else split
-            return _of_rows(read_rows(download(self.hub_id, f"all/{name}-00000-of-00001.parquet", self.revision, "mmlu")))
+            file = f"all/{name}-00000-of-00001.parquet"
+            return _of_rows(read_rows(download(self.hub_id, file, self.revision, ("mmlu.", "mmlu.path"))))
         root = Path(self.path)
         if not root.exists():
             raise UserError(f"--mmlu.path {root}: no such file or folder; give a folder with dev/, val/ and test/ of MMLU's CSVs")
         for folder in (root / split, root / "data" / split):
             if files := sorted(folder.glob(f"*_{split}.csv")):
-                return {file.name.removesuffix(f"_{split}.csv"): _of_csv(file) for file in files}
-        files = sorted(root.glob(f"{'validation' if split == 'val' else split}-*.parquet"))
+                subjects = {file.name.removesuffix(f"_{split}.csv"): file for file in files}
+                return {subject: _of_csv(file) if self._wants(subject) else [] for subject, file in subjects.items()}
+        files = sorted(root.glob(f"{name}-*.parquet")) or sorted(root.glob(f"all/{name}-*.parquet"))  # the hub's folder, or its parent
         if not files:
             raise UserError(
-                f"--mmlu.path {root}: needs {split}/SUBJECT_{split}.csv for each subject (as published), or {split}-*.parquet of the hub, "
+                f"--mmlu.path {root}: needs {split}/SUBJECT_{split}.csv for each subject (as published), or {name}-*.parquet of the hub, "
                 "found neither; correct the path or --mmlu.split"
             )
         return _of_rows(located for file in files for located in read_rows(file))
+
+    def _wants(self, subject: str) -> bool:
+        return self.subjects is None or subject in self.subjects
 
     def _from_prompts(self, path: str) -> dict[str, list[Question]]:
         questions: dict[str, list[Question]] = defaultdict(list)
@@ -142,10 +153,11 @@ def _of_csv(file: Path) -> list[Problem]:
     try:
         with file.open(newline="", encoding="utf-8-sig") as stream:
             rows = list(csv.reader(stream, strict=True))
-    except (UnicodeDecodeError, csv.Error) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{file}: cannot be read as CSV in UTF-8 ({error}); copy the file again") from error
-    headed = bool(rows) and rows[0][0].strip().lower() == "question" and rows[0][-1].strip().lower() == "answer"
-    problems = [_of_cells(cells, f"{file}: row {number}") for number, cells in enumerate(rows, 1) if cells and not (headed and number == 1)]
+    filled = [(f"{file}: row {number}", cells) for number, cells in enumerate(rows, 1) if cells]
+    headed = bool(filled) and [filled[0][1][place].strip().lower() for place in (0, -1)] == ["question", "answer"]
+    problems = [_of_cells(cells, place) for place, cells in filled[headed:]]
     if not problems:
         raise UserError(f"{file}: has no questions; copy the file again, or leave the subject out with --mmlu.subjects")
     return problems
@@ -219,8 +231,3 @@ def _parsed(text: str, answer: str, place: str) -> Problem:
     if written(problem) != text:
         raise UserError(f"{place}: a question must end in its choices A. to D. and Answer:, got {text[-80:]!r}; correct the row")
     return problem
-
-
-def subjects_of(questions: Iterable[Question]) -> Iterator[str]:
-    """Each subject once, in order."""
-    yield from dict.fromkeys(question.subject for question in questions)

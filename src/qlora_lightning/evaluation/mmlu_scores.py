@@ -2,13 +2,10 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from math import sqrt
-from statistics import NormalDist
 from typing import Any
 
+from qlora_lightning.evaluation.intervals import Estimate, mean, share
 from qlora_lightning.evaluation.mmlu_subjects import category_of
-
-_Z = NormalDist().inv_cdf(0.975)
 
 
 @dataclass(frozen=True)
@@ -87,7 +84,7 @@ def score(subjects: Sequence[str], right: Sequence[bool], shortened: Sequence[bo
         places[name].append(number)
     by_subject = {
         name: SubjectScore(
-            *_share(sum(right[number] for number in numbers), len(numbers)),
+            *_numbers(share(sum(right[number] for number in numbers), len(numbers))),
             questions=len(numbers),
             shortened=sum(shortened[number] for number in numbers),
         )
@@ -99,7 +96,7 @@ def score(subjects: Sequence[str], right: Sequence[bool], shortened: Sequence[bo
     }
     return MMLUScores(
         macro=Score(*_mean(by_subject.values()), questions=len(right)),
-        micro=Score(*_share(sum(right), len(right)), questions=len(right)),
+        micro=Score(*_numbers(share(sum(right), len(right))), questions=len(right)),
         subjects=by_subject,
         categories=categories,
         shortened=sum(shortened),
@@ -114,18 +111,9 @@ def _by_category(subjects: Mapping[str, SubjectScore]) -> dict[str, list[Subject
     return dict(sorted(found.items()))
 
 
-def _share(right: int, questions: int) -> tuple[float, tuple[float, float]]:
-    """The share of right answers and Wilson's interval (Wilson 1927), which stays in [0, 1] for few questions too."""
-    share, weight = right / questions, 1 + _Z**2 / questions
-    middle = (share + _Z**2 / (2 * questions)) / weight
-    half = _Z / weight * sqrt(share * (1 - share) / questions + _Z**2 / (4 * questions**2))
-    return share, (max(0.0, middle - half), min(1.0, middle + half))
-
-
 def _mean(scores: Iterable[Score]) -> tuple[float, tuple[float, float]]:
-    """The mean over subjects, and its interval by the normal approximation: the subjects' own variances add up."""
-    parts = list(scores)
-    mean = sum(one.accuracy for one in parts) / len(parts)
-    variance = sum(one.accuracy * (1 - one.accuracy) / max(one.questions - 1, 1) for one in parts) / len(parts) ** 2
-    half = _Z * sqrt(variance)
-    return mean, (max(0.0, mean - half), min(1.0, mean + half))
+    return _numbers(mean([Estimate(one.accuracy, *one.interval) for one in scores]))
+
+
+def _numbers(found: Estimate) -> tuple[float, tuple[float, float]]:
+    return found.value, (found.low, found.high)

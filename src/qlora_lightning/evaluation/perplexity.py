@@ -21,7 +21,8 @@ from qlora_lightning.evaluation.texts import read_texts
 from qlora_lightning.evaluation.windows import bos_of, encode, strided
 from qlora_lightning.modeling.ledger import ledger
 from qlora_lightning.modeling.loading import Storage
-from qlora_lightning.modeling.trained import TrainedModel, load_trained
+from qlora_lightning.modeling.positions import base_positions
+from qlora_lightning.modeling.trained import TrainedModel, find_base, load_trained
 
 GIB = 2**30
 LONGEST_WINDOW = 2048  # of the default, so that models of different contexts are measured alike
@@ -119,10 +120,13 @@ def perplexity(
             raise UserError(f"{name} must be {2 if name == 'window' else 1} or more, got {value}; leave it out for the default")
     _check_stride(window, stride)
     texts = _texts(data, field, hub_id, hub_file, revision)
+    folder = Path(adapter) if adapter else None
+    base, metadata = find_base(folder, base_model)
+    size = _window(base_positions(base, metadata.get("revision")), base, window)
+    _check_stride(size, stride)
     results = []
     for one in held:
-        trained = load_trained(Path(adapter) if adapter else None, base_model, one)
-        size = _window(trained, window)
+        trained = load_trained(folder, base_model, one)
         results.append(measure_perplexity(trained, texts, size, stride or size // 2, batch_size, limit))
         del trained  # before the next one is loaded: together they might not fit
         gc.collect()
@@ -208,12 +212,11 @@ def _texts(data: str | None, field: str, hub_id: str | None, hub_file: str | Non
     return read_texts(fetch_file(hub_id, hub_file, revision), field)
 
 
-def _window(trained: TrainedModel, window: int | None) -> int:
-    limit = getattr(trained.model.config.get_text_config(), "max_position_embeddings", None)
+def _window(positions: int | None, base: str, window: int | None) -> int:
     if window is None:
-        return min(limit or LONGEST_WINDOW, LONGEST_WINDOW)
-    if limit is not None and window > limit:
-        raise UserError(f"window must be at most the {limit} positions of {trained.name}, got {window}; give a shorter one")
+        return min(positions or LONGEST_WINDOW, LONGEST_WINDOW)
+    if positions is not None and window > positions:
+        raise UserError(f"window must be at most the {positions} positions of {base}, got {window}; give a shorter one")
     return window
 
 

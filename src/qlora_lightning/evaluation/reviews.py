@@ -99,7 +99,7 @@ def own_prompts(mode: Mode) -> ReviewPrompts:
     return ReviewPrompts([ReviewPrompt(_SYSTEM, _TEMPLATE, {"task": _TASKS[mode]}, "general")])
 
 
-def read_prompts(path: str | Path) -> ReviewPrompts:
+def read_review_prompts(path: str | Path) -> ReviewPrompts:
     """Prompts from a file of rows ``{system_prompt, prompt_template, defaults, category}``, as the QLoRA authors publish them.
 
     Raises:

@@ -38,10 +38,7 @@ def hub_file(hub_id: str, file: str, revision: str) -> Path:
     Raises:
         UserError: the hub cannot be reached or does not give it.
     """
-    try:
-        return Path(download(hub_id, file, revision))
-    except UserError as error:  # its texts name the options of a fit
-        raise UserError(str(error).replace("data.dataset.path", "data").replace("data.dataset.", "")) from error
+    return Path(download(hub_id, file, revision, ("", "data")))
 
 
 def _ending(file: Path) -> str:

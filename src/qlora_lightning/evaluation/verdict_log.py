@@ -1,7 +1,8 @@
 """The folder that a judge writes its verdicts into: one file a match and order, appended verdict by verdict, resumable after a kill."""
 
 import json
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -17,7 +18,7 @@ _LOCK = "judge.lock"
 
 
 @dataclass(frozen=True)
-class Verdict:
+class VerdictRow:
     """One reply of a judge: a line of a verdict file."""
 
     question_id: str | int
@@ -43,11 +44,12 @@ class VerdictLog:
 
     def __init__(self, folder: Path, matches: list[tuple[str, str]]) -> None:
         self.folder = folder
-        self.verdicts: list[Verdict] = []
+        self.verdicts: list[VerdictRow] = []
         for first, second in matches:
             path = self._path(first, second)
             if path.exists():
-                self.verdicts += [_verdict(line, path, number) for number, line in enumerate(_whole(path.read_bytes()).splitlines(), 1)]
+                lines = enumerate(_whole(path.read_bytes()).splitlines(), 1)
+                self.verdicts += [_verdict(line, first, second, f"{path}:{number}") for number, line in lines]
         self._files: dict[Path, TextIO] = {}
         self._held = ExitStack()
 
@@ -62,19 +64,30 @@ class VerdictLog:
             raise UserError(f"output folder {self.folder} cannot be written ({error.strerror}); give another") from error
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._held.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with suppress(OSError) if kind else nullcontext():  # closing tries again to write what a full disk did not take
+            self._held.close()
 
     @property
     def given(self) -> set[tuple[str, str, str]]:
         """First, second and question id of the verdicts that are there."""
         return {(verdict.first, verdict.second, str(verdict.question_id)) for verdict in self.verdicts}
 
-    def add(self, verdict: Verdict) -> None:
-        """Append a verdict to its match's file; a kill of this process does not lose it any more."""
-        file = self._file(self._path(verdict.first, verdict.second))
-        file.write(json.dumps(asdict(verdict), ensure_ascii=False) + "\n")
-        file.flush()
+    def add(self, verdict: VerdictRow) -> None:
+        """Append a verdict to its match's file; a kill of this process does not lose it any more.
+
+        Raises:
+            UserError: the disk does not take it.
+        """
+        path = self._path(verdict.first, verdict.second)
+        try:
+            file = self._file(path)
+            file.write(json.dumps(asdict(verdict), ensure_ascii=False) + "\n")
+            file.flush()
+        except OSError as error:
+            raise UserError(
+                f"verdict file {path} cannot be written ({error.strerror}); mend that, then the same command goes on"
+            ) from error
         self.verdicts.append(verdict)
 
     def _file(self, path: Path) -> TextIO:
@@ -95,15 +108,21 @@ def _whole(data: bytes) -> bytes:
     return data[: data.rfind(b"\n") + 1]
 
 
-def _verdict(line: bytes, path: Path, number: int) -> Verdict:
+def _verdict(line: bytes, first: str, second: str, where: str) -> VerdictRow:
     try:
-        return Verdict(**json.loads(line))
+        verdict = VerdictRow(**json.loads(line))
     except (ValueError, TypeError) as error:
-        raise UserError(f"{path}:{number}: the line is no verdict of this tool ({error}); give another --output folder") from error
+        raise UserError(f"{where}: the line is no verdict of this tool ({error}); give another --output folder") from error
+    if (verdict.first, verdict.second) != (first, second):
+        raise UserError(
+            f"{where}: a file holds the verdicts on the match in its name, but this one is on {verdict.first} against {verdict.second}; "
+            "give the file its own name back"
+        )
+    return verdict
 
 
 def check_folder(folder: Path, settings: dict[str, Any], systems: dict[str, str]) -> None:
-    """Check that verdicts in the folder, where there are any, came about under the same settings.
+    """Check that verdicts in the folder, where there are any, came about under the same settings. (Settings alone bind nobody.)
 
     Systems may join a tournament later; one that takes part already must not have changed its answers.
 
@@ -115,15 +134,15 @@ def check_folder(folder: Path, settings: dict[str, Any], systems: dict[str, str]
     Raises:
         UserError: the folder holds verdicts of other settings.
     """
+    if not any(_verdict_files(folder)):
+        return
     way_out = "give another folder, or --overwrite to delete them"
     earlier = _earlier(folder)
     if earlier is None:
-        if any(folder.glob("*-vs-*.jsonl")):
-            raise UserError(f"output folder {folder} holds verdicts but no {SETTINGS} that says how they came about; {way_out}")
-        return
+        raise UserError(f"output folder {folder} holds verdicts but no {SETTINGS} that says how they came about; {way_out}")
     for name, value in settings.items():
         if earlier.get(name) != value:
-            was, now = (str(each)[:24] for each in (earlier.get(name), value))
+            was, now = (str(each)[:80] for each in (earlier.get(name), value))
             raise UserError(f"output folder {folder} holds verdicts of another {name} ({was}, not {now}); {way_out}")
     for name, answers in systems.items():
         if earlier["systems"].get(name, answers) != answers:
@@ -133,17 +152,22 @@ def check_folder(folder: Path, settings: dict[str, Any], systems: dict[str, str]
 def prepare_folder(folder: Path, settings: dict[str, Any], systems: dict[str, str], overwrite: bool) -> None:
     """Note the settings of the verdicts to come; ``overwrite`` deletes those that are there."""
     if overwrite:
-        for path in (*folder.glob("*-vs-*.jsonl"), folder / SETTINGS):
-            path.unlink(missing_ok=True)
-    known = (_earlier(folder) or {"systems": {}})["systems"]
+        for path in _verdict_files(folder):
+            path.unlink()
+    known = (_earlier(folder) or {"systems": {}})["systems"] if any(_verdict_files(folder)) else {}
     beside = folder / f"{SETTINGS}.partial"
     beside.write_text(json.dumps({**settings, "systems": known | systems}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     beside.replace(folder / SETTINGS)
 
 
+def _verdict_files(folder: Path) -> Iterator[Path]:
+    return folder.glob("*-vs-*.jsonl")
+
+
 def _earlier(folder: Path) -> dict[str, Any] | None:
-    file = folder / SETTINGS
-    if not file.is_file():
+    """The settings of the folder's verdicts, None where there is no file of them that can be read."""
+    try:
+        settings = json.loads((folder / SETTINGS).read_bytes())
+    except (OSError, ValueError):
         return None
-    settings: dict[str, Any] = json.loads(file.read_text("utf-8"))
-    return settings
+    return settings if isinstance(settings, dict) and isinstance(settings.get("systems"), dict) else None

@@ -53,10 +53,7 @@ def load_trained(adapter: Path | None, base_model: str | None, storage: Storage 
     Raises:
         UserError: no base is known, or the adapter belongs to another one.
     """
-    metadata = adapter_metadata(adapter) if adapter else {}
-    base_model = base_model or metadata.get("base_model")
-    if base_model is None:
-        raise UserError("no base model is known: give an adapter folder that this tool wrote, or --base_model NAME")
+    base_model, metadata = find_base(adapter, base_model)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     dtype = compute_dtype(metadata.get("compute", "auto"), device)
     storage = storage or QuantizationSpec(**metadata.get("quantization", {})).storage
@@ -68,6 +65,19 @@ def load_trained(adapter: Path | None, base_model: str | None, storage: Storage 
         norms_to_fp32(model, dtype)
         load_adapter(model, adapter, base_fingerprint(base_model, metadata.get("revision")))
     return TrainedModel(model.eval(), tokenizer, dtype, storage, metadata, str(adapter or base_model))
+
+
+def find_base(adapter: Path | None, base_model: str | None) -> tuple[str, dict[str, Any]]:
+    """The base model's name and the adapter's metadata ({} without one), of what ``load_trained`` would load.
+
+    Raises:
+        UserError: no base is known.
+    """
+    metadata = adapter_metadata(adapter) if adapter else {}
+    base_model = base_model or metadata.get("base_model")
+    if base_model is None:
+        raise UserError("no base model is known: give an adapter folder that this tool wrote, or --base_model NAME")
+    return base_model, metadata
 
 
 def adapter_spec(adapter: Path) -> LoRASpec:

@@ -87,6 +87,8 @@ def read_systems(named: Sequence[str]) -> list[System]:
             raise UserError(f"each system must have a name of its own, but {name!r} stands {names.count(name)} times; give NAME=FILE")
         if not name or "/" in name or "\\" in name:
             raise UserError(f"a system's name becomes part of a file's name, got {name!r}; give NAME=FILE without slashes in NAME")
+        if "-vs-" in name:
+            raise UserError(f"-vs- stands between the systems in a verdict file's name, not in a system's, got {name!r}; give NAME=FILE")
     return [System(name, _answers(path)) for name, path in files]
 
 

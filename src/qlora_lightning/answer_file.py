@@ -79,22 +79,37 @@ class AnswerFile:
             with self.partial.open(mode, encoding="utf-8", errors=_ESCAPED) as file:
                 file.writelines(map(_line, lines))
         except OSError as error:
-            raise UserError(f"output {self.target} cannot be written ({error.strerror}); give a file in a folder that can") from error
+            raise self._unwritable(error) from error
         if mode == "w":
             self.target.unlink(missing_ok=True)  # were it kept, it would bar the way to go on without `overwrite`
         self.done |= answers
 
     def finish(self, rows: Sequence[Row]) -> None:
-        """Write the file: each row's own fields and its answer, in the order of the rows; all must be answered."""
+        """Write the file: each row's own fields and its answer, in the order of the rows; all must be answered.
+
+        Raises:
+            UserError: the disk does not take it; the answers stay in ``OUT.partial``.
+        """
         ordered = self.target.with_name(self.target.name + ".ordered")
-        with ordered.open("w", encoding="utf-8", errors=_ESCAPED) as file:
-            file.writelines(_line(row | asdict(self.done[number])) for number, row in enumerate(rows))
-        ordered.replace(self.target)
+        try:
+            with ordered.open("w", encoding="utf-8", errors=_ESCAPED) as file:
+                file.writelines(_line(row | asdict(self.done[number])) for number, row in enumerate(rows))
+            ordered.replace(self.target)
+        except OSError as error:
+            ordered.unlink(missing_ok=True)
+            raise self._unwritable(error) from error
         self.partial.unlink()
 
+    def _unwritable(self, error: OSError) -> UserError:
+        return UserError(
+            f"output {self.target} cannot be written ({error.strerror}); mend that, then the same command goes on, or give another output"
+        )
 
-def check_output(target: Path, overwrite: bool) -> None:
+
+def check_output(target: Path, prompts: Path, overwrite: bool) -> None:
     """Raises UserError unless answers may be written there: known before a model loads, which takes long."""
+    if target.exists() and prompts.exists() and target.samefile(prompts):
+        raise UserError(f"answers must not take the place of their prompts, got {target} for both; give another name")
     if target.is_dir():
         raise UserError(f"output {target} is a folder; give the name of a file in it")
     if target.exists() and not overwrite:
