@@ -2,6 +2,7 @@
 
 import pytest
 
+from qlora_lightning.cli import main
 from qlora_lightning.parser import gather_lists
 
 
@@ -32,3 +33,10 @@ def test_values_of_a_list_follow_each_other(given: str, gathered: list[str]) -> 
 
 def test_a_list_that_is_not_first_needs_its_name() -> None:
     assert gather_lists(count, ["3", "--names", "a", "b"]) == ['--names=["a", "b"]', "3"]
+
+
+def test_help_shows_a_list_as_words(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["report", "--help"])
+    shown = capsys.readouterr().out
+    assert "--runs ITEM ..." in shown and "[ITEM," not in shown

@@ -101,7 +101,7 @@ def _run(arguments: list[str]) -> int:
 def _run_plain(command: str, arguments: list[str]) -> int:
     from jsonargparse import auto_cli, set_parsing_settings
 
-    from qlora_lightning.parser import OneLineParser, gather_lists
+    from qlora_lightning.parser import CommandParser, gather_lists
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True, parse_optionals_as_positionals=True)
     target, summary = PLAIN_COMMANDS[command]
@@ -109,7 +109,7 @@ def _run_plain(command: str, arguments: list[str]) -> int:
     if isinstance(target, str):
         arguments = gather_lists(component, arguments)
     result = auto_cli(
-        component, args=arguments, as_positional=False, parser_class=OneLineParser, prog=f"qlora-lightning {command}", description=summary
+        component, args=arguments, as_positional=False, parser_class=CommandParser, prog=f"qlora-lightning {command}", description=summary
     )
     return result if isinstance(result, int) else 0
 

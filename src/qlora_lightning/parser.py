@@ -4,6 +4,7 @@ import difflib
 import inspect
 import json
 import re
+from argparse import HelpFormatter
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -50,6 +51,14 @@ class OneLineParser(ArgumentParser):
     def _all_parsers(self) -> list[ArgumentParser]:
         subcommands: Any = self._subcommands_action
         return [self, *(subcommands._name_parser_map.values() if subcommands else [])]
+
+
+class CommandParser(OneLineParser):
+    """Of a plain command, whose lists are words one after the other: see ``gather_lists``."""
+
+    def format_help(self, formatter: HelpFormatter | None = None) -> str:
+        """The help, without jsonargparse's own sign for a list."""
+        return super().format_help(formatter).replace("[ITEM,...]", "ITEM ...")
 
 
 def gather_lists(function: Callable[..., Any], arguments: list[str]) -> list[str]:

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from verdict_files import round_robin
 
 from qlora_lightning.evaluation import elo as elo_module
 from qlora_lightning.evaluation.bradley_terry import bradley_terry
 from qlora_lightning.evaluation.elo import elo, orders_played
 from qlora_lightning.evaluation.matches import OrderBias, matches_of, order_bias
 from qlora_lightning.evaluation.relative import percents
-from qlora_lightning.evaluation.verdicts import Score, Verdict
+from qlora_lightning.evaluation.verdicts import Score, Verdict, own_verdict
 
 
 def verdict(first: str, second: str, score: Score, question: int = 1, judge: str = "judge") -> Verdict:
@@ -161,6 +162,15 @@ def test_a_system_that_won_everything_gets_a_finite_strength() -> None:
     odds = 10 ** ((found.rating[0] - 1000) / 400)
     assert found.drawn
     assert 9 / (1 + odds**2) == pytest.approx(odds / (1 + odds) - 0.5, abs=1e-6)
+
+
+@pytest.mark.parametrize("questions", [10, 20, 30])
+def test_an_interval_is_a_number_where_questions_cancel_out(questions: int) -> None:
+    """The middle one of three wins as often as it loses, on every question alike: its variance is 0, give or take rounding."""
+    rows = round_robin({"a": 3, "b": 2, "c": 1}, questions)
+    found = bradley_terry(matches_of([own_verdict(row, "a file") for row in rows]))
+    assert found.rating[1] == pytest.approx(1000)
+    assert (found.low <= found.rating).all() and (found.rating <= found.high).all()
 
 
 # ---- win rates, order bias, % of a reference ----

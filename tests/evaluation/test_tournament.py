@@ -65,11 +65,32 @@ def test_the_report_and_the_picture_are_written(folder: Path, tmp_path: Path, ca
     assert f"written: {output}/report.md" in err
     report = (output / "report.md").read_text("utf-8")
     assert "![Ratings with intervals, and win rates](ratings.png)" in report
-    assert "| weak\\|odd <name> |" in report
+    assert "| weak\\|odd &lt;name> |" in report
     for title in ("## Ratings", "## Win rates (%)", "## Order bias", "## % of gpt-3.5", "## Verdicts"):
         assert title in report
     picture = (output / "ratings.svg").read_text("utf-8")
     assert "weak|odd &lt;name&gt;" in picture and "Elo, 95 % interval" in picture
+
+
+def test_hostile_names_stay_text_and_long_ones_leave_room(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hostile = "<script>x</script>| [a](b) `c`\x1b[31m\u202e\n# H $\\frac$ 模型"
+    rows = [*round_robin({hostile: 3, "b" * 60: 2, "c": 1}, 20, judge="*judge*\n\n# J"), own_row(99, hostile, "c", [9, 8], kind="relative")]
+    write_rows(tmp_path / "r.jsonl", rows)
+    code, out, err = run(capsys, tmp_path, "--orderings", 10, "--output", tmp_path / "report", "--reference", hostile, "--json")
+    assert code == 0 and json.loads(out)["ratings"][0]["name"] == hostile
+    report = (tmp_path / "report" / "report.md").read_text("utf-8")
+    picture = (tmp_path / "report" / "ratings.svg").read_text("utf-8")
+    for text in (err, report, picture):
+        assert not set("\x1b\u202e") & {*text} and "\n# " not in text.removeprefix("# ")
+    assert r"| &lt;script>x&lt;/script>\| \[a\](b) \`c\`\\u001b\[31m\\u202e\\u000a# H \$\\frac\$ 模型 |" in report
+    assert "b" * 60 in err and "b" * 60 not in picture and f">{'b' * 16}…{'b' * 15}<" in picture and "模型<" in picture
+    assert "Warning" not in err
+
+
+def test_a_reference_needs_relative_verdicts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_rows(tmp_path / "r.jsonl", round_robin({"a": 1, "b": 2}, 3))
+    _, _, err = run(capsys, tmp_path, "--reference", "a")
+    assert "got 'a'; there are none: judge with --mode relative" in err
 
 
 def test_relative_verdicts_alone_are_matches_of_the_higher_score(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -97,7 +118,8 @@ def test_the_reference_is_found_whatever_its_case(folder: Path, capsys: pytest.C
         (["--k", ".inf"], "--k must be above 0, got inf"),
         (["--orderings", "0"], "--orderings must be 1 or more, got 0"),
         (["--seed", "-1"], "--seed must be 0 or more, got -1"),
-        (["--reference", "claude"], "--reference must be one of the systems that were judged, got 'claude'; there are also, best, gpt-3.5"),
+        (["--reference", "claude"], "--reference must be a system with relative verdicts, got 'claude'; there are best, gpt-3.5"),
+        (["--reference", "middle"], "got 'middle'; there are best, gpt-3.5"),
         (["--kk", "3"], "unknown option kk; did you mean k?"),
     ],
 )

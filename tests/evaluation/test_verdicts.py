@@ -1,6 +1,8 @@
 """Rating files: both schemas, the traps of the released ones, archives, and what a user can get wrong."""
 
 import io
+import json
+import math
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -137,6 +139,12 @@ RELEASED = released_row(1, "x", "y", 1)
         ({**GOOD, "score": [7, "8"]}, r"r.jsonl:2: score must be .*, found \[7, '8'\]"),
         ({**GOOD, "score": [7, 8]}, r"r.jsonl:2: the score \[7, 8\] is none of a pairwise verdict"),
         ({**GOOD, "kind": "relative", "score": 2}, r"r.jsonl:2: the score 2 is none of a relative verdict"),
+        ({**GOOD, "kind": "relative", "score": [1, math.inf]}, r"r.jsonl:2: score must be .*, found \[1, inf\]"),
+        ({**GOOD, "first": ["a"]}, r"r.jsonl:2: first must be a name, found \"\['a'\]\"; correct the row"),
+        ({**GOOD, "second": " "}, r"r.jsonl:2: second must be a name, found ' '"),
+        ({**GOOD, "judge": "j\ud800"}, r"r.jsonl:2: judge must be a name, found 'j\\ud800'"),
+        ({**GOOD, "question_id": None}, r"r.jsonl:2: question_id must be a number or text, found None"),
+        ({"\x1b[2J": 1}, r"r.jsonl:2: a verdict needs .* found \\u001b\[2J; give"),
     ],
 )
 def test_a_wrong_row_is_named_with_its_line(row: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -153,6 +161,8 @@ def test_a_wrong_row_is_named_with_its_line(row: dict[str, Any], message: str, t
             r"a-vs-b-gpt4-reviewer.jsonl:2: a released verdict needs question_id",
         ),
         ("a-vs-b-gpt4-reviewer.jsonl", {**RELEASED, "score": 7}, r":2: score must be"),
+        ("a-vs-a-gpt4-reviewer.jsonl", RELEASED, r"reviewer.jsonl: the file's name must give two systems, found 'a' on both sides"),
+        ("answer-gpt35-vs-gpt-3.5-gpt4-reviewer.jsonl", RELEASED, r"two systems, found 'gpt-3.5' on both sides"),
         ("ratings.jsonl", RELEASED, r"ratings.jsonl: the rows give answer ids alone, so the file's name must give the systems"),
     ],
 )
@@ -164,8 +174,9 @@ def test_a_wrong_released_row_is_named_too(name: str, row: dict[str, Any], messa
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"question_id": 1, "ki', r"r.jsonl:1: a line must hold JSON \(.*\); correct it, or let a `judge` that was stopped finish"),
-        (b"\xff\xfe", r"r.jsonl:1: a line must hold JSON"),
+        (b'{"question_id": 1, "ki\n', r"r.jsonl:1: a line must hold JSON \(.*\); correct or delete it"),
+        (b"\xff\xfe\n", r"r.jsonl:1: a line must hold JSON"),
+        (b"[" * 100_000 + b"\n", r"r.jsonl:1: a line must hold JSON \(.*recursion.*\)"),
         (b"[1, 2]", r"r.jsonl:1: a line must hold a JSON object, found list"),
         (b"", r"needs verdicts that could be parsed, found none among 0"),
     ],
@@ -174,6 +185,24 @@ def test_a_line_that_is_no_row_is_named(content: bytes, message: str, tmp_path: 
     (tmp_path / "r.jsonl").write_bytes(content)
     with pytest.raises(UserError, match=message):
         read_ratings(str(tmp_path))
+
+
+def test_half_a_line_that_a_stopped_judge_left_is_passed_over_and_told(tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "r.jsonl", [GOOD])
+    file.write_text(file.read_text() + json.dumps({**GOOD, "first": "Müller"}, ensure_ascii=False)[:-9], "utf-8")
+    read = read_ratings(str(tmp_path))
+    assert len(read.verdicts) == 1
+    assert read.notes == [f"{file}:2: the last line is cut short and left out; the `judge` that was stopped can go on"]
+
+
+def test_a_folder_or_file_that_only_looks_like_ratings(tmp_path: Path) -> None:
+    (tmp_path / "folder.jsonl").mkdir()
+    file = write_rows(tmp_path / "r.jsonl", [GOOD])
+    assert len(read_ratings(str(tmp_path)).verdicts) == 1
+    file.rename(tmp_path / ("a.jsonl"))
+    (tmp_path / "r.jsonl").symlink_to("r.jsonl")  # to itself: there, but no file
+    with pytest.raises(UserError, match=r"there is no such file|cannot be read"):
+        read_ratings(str(tmp_path / "r.jsonl"))
 
 
 def test_what_is_not_there_is_named(tmp_path: Path) -> None:

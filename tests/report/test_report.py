@@ -170,6 +170,25 @@ def test_the_summary_counts_steps_taken(report: Callable[..., Result], make: Mak
     assert run["training_seconds_estimated"] == pytest.approx(seconds)
 
 
+def test_a_mix_is_named_with_the_set_it_is_mixed_into(report: Callable[..., Result], make: Make) -> None:
+    data = CONFIG["data"] | {"mix": [{"dataset": {"path": "data/other.jsonl"}, "weight": 0.5}]}  # type: ignore[operator]
+    assert Page(report(make("run", files=full(data=data))).page).row("data set") == ["my rows + other"]
+
+
+def test_evaluations_that_are_gone_are_not_taken_for_none(report: Callable[..., Result], make: Make) -> None:
+    page = report(make("run", "step,train/loss,mmlu/accuracy\n0,2,\n0,,0.4\n")).page
+    assert "metrics.csv holds mmlu/accuracy, but" in page and "No MMLU yet" not in page
+
+
+def test_questions_that_were_not_asked_are_counted(report: Callable[..., Result], make: Make) -> None:
+    page = Page(report(make("run", files={"mmlu/a.json": evaluation(8, unanswered=3, seconds=0.25)})).page)
+    assert page.row("too long to ask, so wrong") == ["3"] and page.row("time") == ["0.25 s"]
+
+
+def test_runs_without_an_account_of_their_data_are_named(report: Callable[..., Result], make: Make) -> None:
+    assert "Without an account of the data: bare." in report(make("whole", files=full()), make("bare")).page
+
+
 def test_every_part_is_shown(report: Callable[..., Result], make: Make) -> None:
     page = Page(report(make("run", files=full())).page)
     assert page.row("MMLU, mean of subjects") == ["50.0% (40.0 to 60.0)"]

@@ -17,7 +17,7 @@ from qlora_lightning.errors import UserError
 from qlora_lightning.evaluation.matches import comparisons
 from qlora_lightning.evaluation.ratings import Ratings, read_ratings
 from qlora_lightning.evaluation.tournament_report import Section, show_section
-from qlora_lightning.evaluation.verdicts import Verdict
+from qlora_lightning.evaluation.verdicts import Verdict, visible
 
 Example = tuple[str, str, str]
 """A question and two systems, in the order of their names."""
@@ -44,8 +44,10 @@ def agreement(ratings: list[str], orders: bool = False, json: bool = False) -> N
         raise UserError(f"agreement needs two judges or more, found {', '.join(raters)} alone; give another --ratings, or --orders true")
     found = compare(raters, sum(read.unparsed for read in reads.values()))
     _show(found)
+    for note in dict.fromkeys(note for read in reads.values() for note in read.notes):
+        say(f"note: {visible(note)}")
     if json:
-        print(json_module.dumps(asdict(found), indent=2, ensure_ascii=False))
+        print(json_module.dumps(asdict(found), indent=2, ensure_ascii=False, allow_nan=False))
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,10 @@ def _most(counts: Counter[float]) -> float:
 def _pair(names: tuple[str, str], one: Votes, other: Votes) -> Pair:
     shared = _shared([one, other])
     if not shared:
-        raise UserError(f"judges must have examples (a question and two systems) in common, found none of {names[0]} and {names[1]}")
+        raise UserError(
+            f"judges must have examples (a question and two systems) in common, found none of {names[0]} and {names[1]}; "
+            "let both judge the same answers (with --orders: in both orders)"
+        )
     rates, other_rates = win_rates(one, shared), win_rates(other, shared)
     tau, rho = rank_agreement([rates[system] for system in rates], [other_rates[system] for system in rates])
     same = sum(one[example] == other[example] for example in shared) / len(shared)
@@ -192,7 +197,8 @@ def _by_order(reads: dict[str, Ratings]) -> dict[str, Votes]:
 
 
 def _show(found: Agreement) -> None:
-    say("; ".join(f"{name}: {count:,} examples" for name, count in found.raters.items()) + f"; {found.unparsed:,} replies not parsed")
+    counts = [f"{visible(name)}: {count:,} examples" for name, count in found.raters.items()]
+    say("; ".join([*counts, f"{found.unparsed:,} replies not parsed"]))
     rows = [
         [
             " / ".join(pair.raters),

@@ -8,7 +8,7 @@ import statsmodels.api as sm
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 
-from qlora_lightning.evaluation.elo import SCALE, START
+from qlora_lightning.evaluation.elo import SCALE, START, Z
 from qlora_lightning.evaluation.matches import Floats, Matches
 
 
@@ -49,10 +49,11 @@ def bradley_terry(matches: Matches) -> BradleyTerry:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # half wins are no counts, and few questions make a rough interval: both are meant
         fit = sm.GLM(share, design, family=sm.families.Binomial()).fit(cov_type="cluster", cov_kwds={"groups": question})
-        told = fit.t_test(names - names.mean(0))
-    unit = SCALE / np.log(10)
-    low, high = START + unit * told.conf_int().T
-    return BradleyTerry(START + unit * told.effect, low, high, drawn)
+    systems, unit = names - names.mean(0), SCALE / np.log(10)
+    rating = START + unit * systems @ fit.params
+    variance = np.diagonal(fit.cov_params(systems)).clip(0)  # where questions cancel out, rounding may leave it below 0
+    error = unit * np.sqrt(variance)
+    return BradleyTerry(rating, rating - Z * error, rating + Z * error, drawn)
 
 
 def _rows(matches: Matches) -> tuple[Floats, Floats, Floats]:

@@ -21,7 +21,7 @@ ORDERS_EACH = 20
 """Orders that all of them are played in."""
 _SIDE_BY_SIDE = 1000  # orders; 39 MB for the paper's 38,544 matches
 _STEPS = 64  # looked up at once
-_Z = 1.959964  # 97.5 % quantile of the normal distribution
+Z = 1.959964  # 97.5 % quantile of the normal distribution
 
 Orders = NDArray[np.unsignedinteger[Any]]
 _Number = TypeVar("_Number", bound=np.integer[Any])
@@ -42,12 +42,12 @@ class Elo:
     @property
     def low(self) -> Floats:
         """[S] lower end of the 95 % interval."""
-        return self.rating - _Z * self.error
+        return self.rating - Z * self.error
 
     @property
     def high(self) -> Floats:
         """[S] its upper end."""
-        return self.rating + _Z * self.error
+        return self.rating + Z * self.error
 
 
 def orders_played(orderings: int) -> int:

@@ -47,14 +47,14 @@ def read_ratings(source: str) -> Ratings:
         UserError: there is no such source, it has no rating files, one is broken or of another schema, or none of its verdicts was parsed.
     """
     verdicts: list[Verdict] = []
+    notes: list[str] = []
     folders: dict[str, list[tuple[str, list[Located]]]] = defaultdict(list)
     for name, lines in _files(source):
-        rows = list(_rows(name, lines))
+        rows = list(_rows(name, lines, notes))
         if rows and is_released(rows[0][1]):
             folders[str(PurePosixPath(name).parent)].append((name, rows))
         else:
             verdicts += [own_verdict(row, where) for where, row in rows]
-    notes: list[str] = []
     matched = 0
     for files in folders.values():
         found, told = released_verdicts([released_file(name, rows) for name, rows in files])
@@ -68,15 +68,19 @@ def read_ratings(source: str) -> Ratings:
     return Ratings(verdicts, notes)
 
 
-def _rows(name: str, lines: Iterable[bytes]) -> Iterator[Located]:
+def _rows(name: str, lines: Iterable[bytes], notes: list[str]) -> Iterator[Located]:
+    """The rows of a file. A last line that a stopped ``judge`` left half written is passed over, and noted."""
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         where = f"{name}:{number}"
         try:
             row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{where}: a line must hold JSON ({error}); correct it, or let a `judge` that was stopped finish") from error
+        except (ValueError, RecursionError) as error:
+            if not line.endswith(b"\n"):
+                notes.append(f"{where}: the last line is cut short and left out; the `judge` that was stopped can go on")
+                return
+            raise UserError(f"{where}: a line must hold JSON ({error}); correct or delete it") from error
         if not isinstance(row, dict):
             raise UserError(f"{where}: a line must hold a JSON object, found {type(row).__name__}; give rating files alone")
         yield where, row
@@ -91,12 +95,16 @@ def _files(source: str) -> Iterator[tuple[str, Iterable[bytes]]]:
         return
     if not path.exists():
         raise UserError(f"--ratings {source}: there is no such file or folder; give what `judge` wrote as its --output")
-    names = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
+    names = sorted(file for file in path.rglob("*.jsonl") if file.is_file()) if path.is_dir() else [path]
     if not names:
         raise UserError(f"--ratings {source}: needs rating files (*.jsonl), found none; give what `judge` wrote as its --output")
     for name in names:
-        with name.open("rb") as file:
-            yield str(name), file
+        try:
+            with name.open("rb") as file:
+                lines = file.readlines()
+        except OSError as error:
+            raise UserError(f"--ratings {name}: the file cannot be read ({error.strerror}); allow it, or leave the file out") from error
+        yield str(name), lines
 
 
 def _members(archive: Path, inside: tuple[str, ...]) -> Iterator[tuple[str, Iterable[bytes]]]:
@@ -110,7 +118,7 @@ def _members(archive: Path, inside: tuple[str, ...]) -> Iterator[tuple[str, Iter
             files = ((member.name, tar.extractfile(member)) for member in members)
             read = {f"{archive}/{name}": file.readlines() for name, file in files if file is not None}
     except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, OSError) as error:
-        raise UserError(f"--ratings {archive}: the archive cannot be read ({error}); fetch it again") from error
+        raise UserError(f"--ratings {archive}: the archive cannot be read ({str(error).partition(':')[0]}); fetch it again") from error
     yield from sorted(read.items())
 
 

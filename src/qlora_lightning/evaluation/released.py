@@ -56,7 +56,10 @@ def released_file(name: str, rows: list[Located]) -> ReleasedFile:
         raise UserError(
             f"{name}: the rows give answer ids alone, so the file's name must give the systems, as A-vs-B-JUDGE-reviewer.jsonl; rename it"
         )
-    return ReleasedFile(name, system_name(match["a"]), system_name(match["b"]), system_name(match["judge"]), rows)
+    a, b = system_name(match["a"]), system_name(match["b"])
+    if a == b:
+        raise UserError(f"{name}: the file's name must give two systems, found {a!r} on both sides; rename it")
+    return ReleasedFile(name, a, b, system_name(match["judge"]), rows)
 
 
 def system_name(name: str) -> str:
@@ -98,6 +101,10 @@ def _question(row: dict[str, Any]) -> str:
     return str(row["question_id"] if "question_id" in row else row["message_id"])
 
 
+def _answers(row: dict[str, Any]) -> tuple[str, str]:
+    return str(row["answer1_id"]), str(row["answer2_id"])
+
+
 def _answer_ids(files: Iterable[ReleasedFile]) -> dict[tuple[str, str], str]:
     """(system, question) -> id of its answer, for the systems that were compared with at least two others.
 
@@ -109,7 +116,7 @@ def _answer_ids(files: Iterable[ReleasedFile]) -> dict[tuple[str, str], str]:
         for system, partner in ((file.a, file.b), (file.b, file.a)):
             partners[system].add(partner)
             for _, row in file.rows:
-                seen[system, _question(row)] += {row["answer1_id"], row["answer2_id"]}
+                seen[system, _question(row)] += {*_answers(row)}
     ids = {}
     for (system, question), answers in seen.items():
         if len(partners[system]) > 1:
@@ -124,5 +131,6 @@ def _order(file: ReleasedFile, ids: dict[tuple[str, str], str]) -> int:
     votes = 0
     for _, row in file.rows:
         a, b = ids.get((file.a, _question(row))), ids.get((file.b, _question(row)))
-        votes += (row["answer1_id"] == a) + (row["answer2_id"] == b) - (row["answer2_id"] == a) - (row["answer1_id"] == b)
+        first, second = _answers(row)
+        votes += (first == a) + (second == b) - (second == a) - (first == b)
     return votes

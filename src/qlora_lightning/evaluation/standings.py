@@ -74,7 +74,8 @@ def _notes(read: Ratings, matches: Matches, kind: Kind, drawn: bool, reference: 
     if len(read.judges) > 1:
         notes.append(f"verdicts of {len(read.judges)} judges are taken together: {', '.join(read.judges)}")
     if matches.questions < _FEW:
-        notes.append(f"only {matches.questions} questions: the intervals say little; ask {_FEW} or more")
+        some = "1 question" if matches.questions == 1 else f"{matches.questions} questions"
+        notes.append(f"only {some}: the intervals say little; ask {_FEW} or more")
     if drawn:
         notes.append(
             "Bradley-Terry: wins and losses do not connect all systems, so each got one draw against an imagined one of 1000 points"

@@ -55,17 +55,16 @@ def elo(
     show(found)
     say(f"{time.perf_counter() - began:.1f} s" + (f"; written: {', '.join(map(str, written))}" if folder is not None else ""))
     if json:
-        print(json_module.dumps(document(found), indent=2, ensure_ascii=False))
+        print(json_module.dumps(document(found), indent=2, ensure_ascii=False, allow_nan=False))
 
 
 def _reference(verdicts: list[Verdict], asked: str | None) -> str | None:
     """The reference's name as the verdicts spell it; None where none was asked for and the usual one is missing."""
-    systems = {name.lower(): name for verdict in verdicts for name in verdict.pair}
+    systems = {name.lower(): name for verdict in verdicts if verdict.kind == "relative" for name in verdict.pair}
     name = systems.get((asked or _REFERENCE).lower()) or systems.get(system_name(asked or _REFERENCE).lower())
     if name is None and asked is not None:
-        raise UserError(
-            f"--reference must be one of the systems that were judged, got {asked!r}; there are {', '.join(sorted(systems.values()))}"
-        )
+        there = ", ".join(sorted(systems.values())) or "none: judge with --mode relative"
+        raise UserError(f"--reference must be a system with relative verdicts, got {asked!r}; there are {there}")
     return name
 
 

@@ -1,5 +1,6 @@
 """The picture of a tournament: ratings with their intervals, and beside them who beats whom."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from qlora_lightning.evaluation.standings import READABLE_MATRIX
+from qlora_lightning.evaluation.verdicts import visible
 
 _BLUE, _GREY, _INK = "#2166ac", "#8c8c8c", "#222222"
+_LONGEST = 32
+"""Characters of a name; a longer one would leave no room for what is drawn of it."""
+_STYLE: Any = {
+    "font.size": 10,
+    "font.family": ["DejaVu Sans", "sans-serif"],
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "axes.edgecolor": _GREY,
+}
 
 
 def draw(
@@ -23,14 +34,14 @@ def draw(
     """Draw systems from the best down.
 
     Args:
-        names: of the systems.
+        names: of the systems; long ones are cut in the middle.
         elo: rating, lower and upper end of the interval.
         strengths: Bradley-Terry rating.
         win_rates: [S, S] share of the wins of the row's system over the column's, nan where they never met.
         title: of the picture.
     """
-    size = len(names)
-    with rc_context({"font.size": 10, "font.family": "DejaVu Sans", "svg.fonttype": "none", "axes.edgecolor": _GREY}):
+    size, names = len(names), [_short(visible(name)) for name in names]
+    with rc_context(_STYLE):
         height = max(3.2, 0.42 * size + 2.0)
         if size not in READABLE_MATRIX:
             figure = Figure(figsize=(8, height), layout="constrained")
@@ -52,10 +63,17 @@ def save(figure: Figure, folder: Path) -> list[Path]:
     for kind in ("png", "svg"):
         target = folder / f"ratings.{kind}"
         beside = target.with_name(target.name + ".partial")
-        figure.savefig(beside, format=kind, dpi=160, facecolor="white", metadata={"Date": None} if kind == "svg" else None)
+        with rc_context(_STYLE), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph .* missing")  # a name in another script: the .svg shows it all the same
+            figure.savefig(beside, format=kind, dpi=160, facecolor="white", metadata={"Date": None} if kind == "svg" else None)
         beside.replace(target)
         written.append(target)
     return written
+
+
+def _short(name: str) -> str:
+    half = _LONGEST // 2
+    return name if len(name) <= _LONGEST else f"{name[:half]}…{name[1 - half :]}"
 
 
 def _ratings(axes: Axes, names: list[str], elo: list[tuple[float, float, float]], strengths: list[float]) -> None:

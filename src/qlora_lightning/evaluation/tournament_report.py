@@ -1,5 +1,6 @@
 """What a tournament gave, as tables: on the terminal, and in Markdown with the picture."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from qlora_lightning.console import console, say
 from qlora_lightning.errors import UserError
 from qlora_lightning.evaluation.elo import ORDERS_EACH, RESAMPLES
 from qlora_lightning.evaluation.standings import READABLE_MATRIX, Tournament
+from qlora_lightning.evaluation.verdicts import visible
 
 _WIDEST = 400  # characters
 
@@ -32,15 +34,15 @@ def show(found: Tournament) -> None:
     for section in sections(found):
         show_section(section)
     for note in found.notes:
-        say(f"note: {note}")
+        say(f"note: {visible(note)}")
 
 
 def show_section(section: Section) -> None:
     """Print one table under its title."""
-    columns = [Column(Text(name), justify="right" if place else "left", no_wrap=True) for place, name in enumerate(section.names)]
-    table = Table(*columns, title=section.title, title_justify="left", box=None, pad_edge=False)
+    columns = [Column(Text(visible(name)), justify="right" if place else "left", no_wrap=True) for place, name in enumerate(section.names)]
+    table = Table(*columns, title=Text(visible(section.title)), title_justify="left", box=None, pad_edge=False)
     for row in section.rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(visible(cell)) for cell in row))
     # as wide as its cells: a log file has no width, and half a name or number is of no use on a terminal either
     table.width = console.measure(table, options=console.options.update(max_width=_WIDEST)).maximum
     console.print(table, "", crop=False)
@@ -72,12 +74,12 @@ def write_report(found: Tournament, folder: Path) -> list[Path]:
 
 def markdown(found: Tournament) -> str:
     """The report as Markdown, which shows ratings.png from the same folder."""
-    lines = ["# Ratings", "", _heading(found), "", f"Verdicts: `{found.source}`, judged by {', '.join(found.read.judges)}.", ""]
-    lines += [f"- {note}" for note in found.notes] + ([""] if found.notes else [])
+    lines = ["# Ratings", "", _heading(found), "", _escaped(f"Verdicts: {found.source}, judged by {', '.join(found.read.judges)}."), ""]
+    lines += [f"- {_escaped(note)}" for note in found.notes] + ([""] if found.notes else [])
     lines += ["![Ratings with intervals, and win rates](ratings.png)", ""]
     for section in sections(found):
-        lines += [f"## {section.title}", "", _row(section.names), _row(["---", *["---:"] * (len(section.names) - 1)])]
-        lines += [*(_row(row) for row in section.rows), "", section.reading, ""]
+        lines += [f"## {_escaped(section.title)}", "", _row(section.names), _row(["---", *["---:"] * (len(section.names) - 1)])]
+        lines += [*(_row(row) for row in section.rows), "", _escaped(section.reading), ""]
     return "\n".join(lines)
 
 
@@ -179,4 +181,9 @@ def _counts(found: Tournament) -> Section:
 
 
 def _row(cells: list[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    return "| " + " | ".join(map(_escaped, cells)) + " |"
+
+
+def _escaped(text: str) -> str:
+    """``text`` as Markdown that shows it, and holds no markup or HTML that a name may spell."""
+    return re.sub(r"([\\`*_\[\]|~$])", r"\\\1", visible(text).replace("&", "&amp;").replace("<", "&lt;"))

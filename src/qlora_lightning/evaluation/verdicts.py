@@ -1,5 +1,6 @@
 """A judge's verdicts on pairs of answers: one record, whatever file it came from."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -58,7 +59,7 @@ def own_verdict(row: dict[str, Any], where: str) -> Verdict:
         where: file and line, for errors.
 
     Raises:
-        UserError: a field is missing or means nothing, or a system is judged against itself.
+        UserError: a field is missing or means nothing, a name is no text, or a system is judged against itself.
     """
     missing = [field for field in _OWN if field not in row]
     if missing or row["kind"] not in ("pairwise", "relative"):
@@ -68,11 +69,19 @@ def own_verdict(row: dict[str, Any], where: str) -> Verdict:
         )
     if row["first"] == row["second"]:
         raise UserError(f"{where}: a verdict needs two systems, found {row['first']!r} on both sides; remove the line")
+    if type(row["question_id"]) not in (int, str):
+        raise UserError(f"{where}: question_id must be a number or text, found {str(row['question_id'])[:40]}; correct the row")
     score = parsed_score(row["score"], where)
     if score is not None and isinstance(score, tuple) != (row["kind"] == "relative"):
         raise UserError(f"{where}: the score {row['score']} is none of a {row['kind']} verdict; correct the row")
-    names = {field: str(row[field]) for field in ("first", "second", "judge")}
+    names = {field: _name(row[field], field, where) for field in ("first", "second", "judge")}
     return Verdict(str(row["question_id"]), str(row.get("category", "")), row["kind"], score=score, **names)
+
+
+def _name(value: Any, field: str, where: str) -> str:
+    if not isinstance(value, str) or not value.strip() or any("\ud800" <= one <= "\udfff" for one in value):  # halves of pairs
+        raise UserError(f"{where}: {field} must be a name, found {str(value)[:40]!r}; correct the row")
+    return value
 
 
 def parsed_score(score: Any, where: str) -> Score:
@@ -81,14 +90,23 @@ def parsed_score(score: Any, where: str) -> Score:
     Raises:
         UserError: it is none.
     """
-    if isinstance(score, list) and len(score) == 2 and all(type(one) in (int, float) and (one >= 0 or one == -1) for one in score):
+    if isinstance(score, list) and len(score) == 2 and all(map(_is_score, score)):
         return None if -1 in score else (float(score[0]), float(score[1]))
     if type(score) is int and score in (-1, 1, 2, 3):
         return None if score == -1 else score
     raise UserError(f"{where}: score must be {_SCORES}, found {score!r}; correct the row")
 
 
+def _is_score(one: Any) -> bool:
+    return type(one) in (int, float) and (0 <= one < math.inf or one == -1)
+
+
 def described(row: dict[str, Any]) -> str:
     """The fields of a row, for an error."""
-    kind = f" with kind {row['kind']!r}" if "kind" in row else ""
-    return (", ".join(row) or "no field") + kind
+    kind = f" with kind {str(row['kind'])[:40]!r}" if "kind" in row else ""
+    return (visible(", ".join(row))[:200] or "no field") + kind
+
+
+def visible(text: str) -> str:
+    """``text`` in one line: what would break it, turn it or command a terminal is written out, as in ``\\u001b``."""
+    return "".join(one if one.isprintable() else f"\\u{ord(one):04x}" for one in text)

@@ -103,7 +103,9 @@ def audit_section(runs: Sequence[Run]) -> str:
     shared = [[run for _, run in group] for _, group in groupby(accounts, key=lambda pair: pair[0])]
     tables = [_audit(group[0].audit, ", ".join(run.name for run in group) if len(runs) > 1 else "") for group in shared]
     legend = note("Lengths and counts of tokens are of the whole example. Marked: counts that should be 0.")
-    return section("data", "Data", *tables, legend)
+    without = [run.name for run in runs if not run.audit]
+    missing = note(f"Without an account of the data: {', '.join(without)}.") if without else ""
+    return section("data", "Data", *tables, legend, missing)
 
 
 def _audit(entries: Sequence[dict[str, Any]], caption: str) -> str:

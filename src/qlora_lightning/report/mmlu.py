@@ -52,6 +52,8 @@ class Evaluation(NamedTuple):
     subjects: dict[str, Score]
     shortened: int
     """Questions whose shots did not fit."""
+    unanswered: int
+    """Questions that did not fit even alone; they count as wrong."""
     seconds: float | None
 
     @classmethod
@@ -66,6 +68,7 @@ class Evaluation(NamedTuple):
             categories={str(name): Score.of(one) for name, one in row["categories"].items()},
             subjects={str(name): Score.of(one) for name, one in row["subjects"].items()},
             shortened=int(row.get("shortened") or 0),
+            unanswered=int(row.get("unanswered") or 0),
             seconds=row.get("seconds"),
         )
 

@@ -9,6 +9,8 @@ from qlora_lightning.report.plots import style_of
 from qlora_lightning.report.reading import Run
 
 NO_MMLU = "No MMLU yet: fit and validate measure it with --mmlu.path, during training with --mmlu.every_n_steps too."
+METRIC = "mmlu/accuracy"
+ONLY_CURVES = f"No MMLU files: metrics.csv holds {METRIC}, but the run's folder mmlu, which tells how it was measured, is gone."
 _LABELS = {"STEM": "STEM", "humanities": "humanities", "social sciences": "social sc.", "other": "other"}
 
 
@@ -16,7 +18,7 @@ def mmlu_section(runs: Sequence[Run]) -> str:
     """Everything about MMLU, of the runs that have it."""
     shown = {number: one for number, one in enumerate(headlines([run.mmlu for run in runs])) if one is not None}
     if not shown:
-        return section("mmlu", "MMLU", note(NO_MMLU))
+        return section("mmlu", "MMLU", note(ONLY_CURVES if any(METRIC in run.curves for run in runs) else NO_MMLU))
     grid = f'<div class="grid">{_by_category(runs, shown)}{_over_steps(runs)}</div>'
     without = [run.name for number, run in enumerate(runs) if number not in shown]
     missing = note(f"Without MMLU: {', '.join(without)}.") if without else ""
@@ -45,7 +47,8 @@ def _facts(one: Evaluation) -> dict[str, str]:
         "mean of subjects": interval(one.macro),
         "of all questions": f"{one.micro:.1%}",
         "prompts that lost shots": f"{one.shortened:,}",
-        "time": "-" if one.seconds is None else f"{one.seconds:,.0f} s",
+        "too long to ask, so wrong": f"{one.unanswered:,}",
+        "time": "-" if one.seconds is None else f"{one.seconds:,.3g} s" if one.seconds < 10 else f"{one.seconds:,.0f} s",
     }
 
 

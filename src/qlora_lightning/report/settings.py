@@ -62,11 +62,11 @@ def base_model(run: Run) -> str:
 
 
 def data_set(run: Run) -> str:
-    """The data sets' names as the recipe has them: those of a mix, or of the one set; - where nothing tells."""
+    """The data sets' names as the recipe has them: the set's, and those mixed in; - where nothing tells."""
     data = run.config.get("data")
     data = data if isinstance(data, dict) else {}
-    mix = data.get("mix") or [data.get("dataset")]
-    names = [_set_name(one) for one in mix] if isinstance(mix, list) else []
+    mix = data.get("mix")
+    names = [_set_name(one) for one in (data.get("dataset"), *(mix if isinstance(mix, list) else []))]
     recorded = run.adapter.get("data")
     return " + ".join(filter(None, names)) or str((recorded if isinstance(recorded, dict) else {}).get("data set") or "-")
 
