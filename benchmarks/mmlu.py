@@ -13,9 +13,9 @@ from itertools import combinations
 
 import torch
 
-from qlora_lightning.evaluation.mmlu import Answers, MMLUTest, context_length
-from qlora_lightning.evaluation.mmlu_data import Exam
-from qlora_lightning.evaluation.mmlu_scores import Score
+from qlora_lightning.evaluation.mmlu.questions import Exam
+from qlora_lightning.evaluation.mmlu.scores import Score
+from qlora_lightning.evaluation.mmlu.scoring import Answers, MMLUTest, context_length
 from qlora_lightning.modeling.positions import positions_of
 from qlora_lightning.modeling.trained import load_trained
 

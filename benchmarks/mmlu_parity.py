@@ -1,6 +1,6 @@
 """Does our MMLU choose the same letter as lm-evaluation-harness, question by question, in both prompt styles?
 
-The same model object answers through ``evaluation.mmlu`` and through the harness, whose own task files for ``mmlu`` are used, with local
+The same model object answers through ``evaluation/mmlu`` and through the harness, whose own task files for ``mmlu`` are used, with local
 CSVs in the place of its download. What the harness (0.4.13) does, which ours has to equal:
 
 - BOS: text is tokenized as the tokenizer does by itself. BOS stands in front where the tokenizer puts one, nowhere else.
@@ -28,10 +28,10 @@ import yaml
 from jsonargparse import auto_cli
 from lm_eval import tasks as harness
 
-from qlora_lightning.evaluation.harness_model import run_tasks
-from qlora_lightning.evaluation.harness_tasks import find_tasks, prepare_tasks
-from qlora_lightning.evaluation.mmlu import MMLUTest, context_length
-from qlora_lightning.evaluation.mmlu_data import Exam
+from qlora_lightning.evaluation.harness.model import run_tasks
+from qlora_lightning.evaluation.harness.tasks import find_tasks, prepare_tasks
+from qlora_lightning.evaluation.mmlu.questions import Exam
+from qlora_lightning.evaluation.mmlu.scoring import MMLUTest, context_length
 from qlora_lightning.modeling.loading import Storage, load_stored
 from qlora_lightning.modeling.positions import positions_of
 from qlora_lightning.modeling.tokenizer import load_tokenizer

@@ -27,10 +27,10 @@ PLAIN_COMMANDS: dict[str, tuple[str | dict[str, str], str]] = {
     "generate": ("qlora_lightning.answering:generate", "answer a file of prompts, as JSON Lines"),
     "perplexity": ("qlora_lightning.evaluation.perplexity:perplexity", "perplexity on any text, by strided windows"),
     "crows-pairs": ("qlora_lightning.evaluation.crows_pairs:crows_pairs", "bias in nine categories, by likelihood (CrowS-Pairs)"),
-    "evaluate": ("qlora_lightning.evaluation.harness:evaluate", "any task of lm-evaluation-harness, on a base with its adapter"),
-    "judge": ("qlora_lightning.evaluation.judge:judge", "let a model judge answers against each other, as JSON Lines"),
-    "elo": ("qlora_lightning.evaluation.tournament:elo", "ratings of models from verdicts, with intervals, a picture and a report"),
-    "agreement": ("qlora_lightning.evaluation.agreement:agreement", "how far judges agree: Kendall, Spearman, Fleiss"),
+    "evaluate": ("qlora_lightning.evaluation.harness.command:evaluate", "any task of lm-evaluation-harness, on a base with its adapter"),
+    "judge": ("qlora_lightning.evaluation.judge.command:judge", "let a model judge answers against each other, as JSON Lines"),
+    "elo": ("qlora_lightning.evaluation.tournament.command:elo", "ratings of models from verdicts, with intervals, a picture and a report"),
+    "agreement": ("qlora_lightning.evaluation.tournament.agreement:agreement", "how far judges agree: Kendall, Spearman, Fleiss"),
     "report": ("qlora_lightning.report.command:report", "one HTML page of one or several runs"),
     "recipes": (
         {

@@ -14,7 +14,7 @@ from qlora_lightning.callbacks import progress
 from qlora_lightning.callbacks.mmlu import MMLU
 from qlora_lightning.cli import main
 from qlora_lightning.errors import UserError
-from qlora_lightning.evaluation.mmlu import MMLUTest
+from qlora_lightning.evaluation.mmlu.scoring import MMLUTest
 
 NAMES = "anatomy,formal_logic"
 RUN = ("model.lora.dropout=0.1", "data.dataset.validation_size=4", "samples.count=2", "samples.max_new_tokens=4", "samples.every_n_steps=2")

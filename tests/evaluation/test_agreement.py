@@ -9,8 +9,8 @@ import pytest
 from verdict_files import own_row, round_robin, write_rows
 
 from qlora_lightning.cli import main
-from qlora_lightning.evaluation.agreement import example_kappa, majority
-from qlora_lightning.evaluation.verdicts import Verdict
+from qlora_lightning.evaluation.tournament.agreement import example_kappa, majority
+from qlora_lightning.evaluation.tournament.verdicts import Verdict
 
 # Votes of 14 raters for five categories on ten examples: the worked example of Wikipedia, "Fleiss' kappa", which comes to 0.210.
 FLEISS = [

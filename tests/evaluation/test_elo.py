@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from verdict_files import round_robin
 
-from qlora_lightning.evaluation import elo as elo_module
-from qlora_lightning.evaluation.bradley_terry import bradley_terry
-from qlora_lightning.evaluation.elo import elo, orders_played
-from qlora_lightning.evaluation.matches import OrderBias, matches_of, order_bias
-from qlora_lightning.evaluation.relative import percents
-from qlora_lightning.evaluation.verdicts import Score, Verdict, own_verdict
+from qlora_lightning.evaluation.tournament import elo as elo_module
+from qlora_lightning.evaluation.tournament.bradley_terry import bradley_terry
+from qlora_lightning.evaluation.tournament.elo import elo, orders_played
+from qlora_lightning.evaluation.tournament.matches import OrderBias, matches_of, order_bias
+from qlora_lightning.evaluation.tournament.relative import percents
+from qlora_lightning.evaluation.tournament.verdicts import Score, Verdict, own_verdict
 
 
 def verdict(first: str, second: str, score: Score, question: int = 1, judge: str = "judge") -> Verdict:

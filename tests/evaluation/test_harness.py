@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_lightning.cli import main, user_line
 from qlora_lightning.errors import UserError
-from qlora_lightning.evaluation import harness, harness_tasks
-from qlora_lightning.evaluation.harness_model import language_model, run_tasks
-from qlora_lightning.evaluation.harness_tasks import find_tasks, prepare_tasks
+from qlora_lightning.evaluation.harness import command, tasks
+from qlora_lightning.evaluation.harness.model import language_model, run_tasks
+from qlora_lightning.evaluation.harness.tasks import find_tasks, prepare_tasks
 from qlora_lightning.loggers import RunWandbLogger
 from qlora_lightning.modeling.trained import load_trained
 
@@ -148,9 +148,9 @@ def test_a_group_by_name(tiny_base: Path, capsys: pytest.CaptureFixture[str]) ->
 
 def test_an_unknown_task_names_the_near_ones() -> None:
     known = ["mmlu", "mmlu_anatomy", "mmlu_astronomy", "arc_easy"]
-    assert harness_tasks._named("mmlu_a*", known) == ["mmlu_anatomy", "mmlu_astronomy"]
+    assert tasks._named("mmlu_a*", known) == ["mmlu_anatomy", "mmlu_astronomy"]
     with pytest.raises(UserError, match=r"has no task 'mmlu_anatomie'; did you mean mmlu_anatomy"):
-        harness_tasks._named("mmlu_anatomie", known)
+        tasks._named("mmlu_anatomie", known)
 
 
 def document(model: str = "runs/x") -> dict[str, Any]:
@@ -163,7 +163,7 @@ def document(model: str = "runs/x") -> dict[str, Any]:
 
 
 def test_names_in_wandb() -> None:
-    assert harness.wandb_names(document()) == {
+    assert command.wandb_names(document()) == {
         "eval/colours/acc": 0.5,
         "eval/colours/acc_stderr": 0.25,
         "eval/colours/word_perplexity": 9.0,
@@ -183,7 +183,7 @@ def test_results_go_into_wandb_where_asked(tiny_base: Path, monkeypatch: pytest.
         def finalize(self, status: str) -> None:
             recorded.append(status)
 
-    monkeypatch.setattr(harness, "RunWandbLogger", Recorder)
+    monkeypatch.setattr(command, "RunWandbLogger", Recorder)
     options = ["--tasks", "colours.yaml", "--base_model", str(tiny_base), "--storage", "16bit", "--limit", "2"]
     assert run(*options) == 0 and recorded == []
     assert run(*options, "--wandb_project", "llamas") == 0
@@ -195,14 +195,14 @@ def test_results_join_the_wandb_run_of_a_training(tmp_path: Path) -> None:
     (tmp_path / "wandb" / "run-id.txt").write_text("abc123\n")
     config = "trainer: {logger: [{class_path: qlora_lightning.loggers.RunWandbLogger, init_args: {project: llamas, entity: me}}]}"
     (tmp_path / "config.yaml").write_text(config)
-    logger = harness._wandb_logger(None, tmp_path)
+    logger = command._wandb_logger(None, tmp_path)
     assert isinstance(logger, RunWandbLogger) and logger.resume
     assert (logger._wandb_init["project"], logger._wandb_init["entity"], logger._choose_id()) == ("llamas", "me", "abc123")
 
 
 def test_metrics_keep_their_filter_and_json_no_nan() -> None:
     values = {"name": "x", "sample_len": 3, "exact_match,strict": 0.5, "exact_match_stderr,strict": "N/A", "acc,none": float("nan")}
-    assert harness._metrics(values, {"acc": True}) == {
+    assert command._metrics(values, {"acc": True}) == {
         "exact_match,strict": {"value": 0.5, "stderr": None, "higher_is_better": None},
         "acc": {"value": None, "stderr": None, "higher_is_better": True},
     }

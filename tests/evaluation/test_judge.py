@@ -18,7 +18,7 @@ from tournament_files import QUESTIONS, answer_file, read_verdicts, tournament, 
 
 from qlora_lightning.cli import main
 from qlora_lightning.evaluation import waiting
-from qlora_lightning.evaluation.verdict_log import VerdictLog
+from qlora_lightning.evaluation.judge.verdict_log import VerdictLog
 
 Respond = Callable[[int, dict[str, Any]], Answer]
 

@@ -19,10 +19,10 @@ from transformers import (
 )
 
 from qlora_lightning.errors import UserError
-from qlora_lightning.evaluation.mmlu import MMLUTest, context_length
-from qlora_lightning.evaluation.mmlu_data import Exam, Question
-from qlora_lightning.evaluation.mmlu_prompt import prompt_text
-from qlora_lightning.evaluation.mmlu_scores import score
+from qlora_lightning.evaluation.mmlu.prompts import prompt_text
+from qlora_lightning.evaluation.mmlu.questions import Exam, Question
+from qlora_lightning.evaluation.mmlu.scores import score
+from qlora_lightning.evaluation.mmlu.scoring import MMLUTest, context_length
 from qlora_lightning.evaluation.prefix import Reader
 from qlora_lightning.modeling.loading import load_stored
 from qlora_lightning.modeling.positions import positions_of

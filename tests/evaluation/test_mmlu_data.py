@@ -11,9 +11,9 @@ from exams import SUBJECTS, write_exam
 from transformers import PreTrainedTokenizerFast
 
 from qlora_lightning.errors import UserError
-from qlora_lightning.evaluation.mmlu_data import Exam, Problem, Question, paper_header, written
-from qlora_lightning.evaluation.mmlu_prompt import Prompter, find_letters, prompt_text
-from qlora_lightning.evaluation.mmlu_subjects import SUBJECTS as ALL
+from qlora_lightning.evaluation.mmlu.prompts import Prompter, find_letters, prompt_text
+from qlora_lightning.evaluation.mmlu.questions import Exam, Problem, Question, paper_header, written
+from qlora_lightning.evaluation.mmlu.subjects import SUBJECTS as ALL
 
 NAMES = list(SUBJECTS)
 SUM = Problem(" 1 + 1 =\n", ("1", "2", "3", "4"), 1)

@@ -22,9 +22,9 @@ from transformers import (
     Qwen2Config,
 )
 
-from qlora_lightning.evaluation.mmlu import MMLUTest
-from qlora_lightning.evaluation.mmlu_data import Exam, Question
-from qlora_lightning.evaluation.mmlu_prompt import Prompter, prompt_text
+from qlora_lightning.evaluation.mmlu.prompts import Prompter, prompt_text
+from qlora_lightning.evaluation.mmlu.questions import Exam, Question
+from qlora_lightning.evaluation.mmlu.scoring import MMLUTest
 from qlora_lightning.evaluation.prefix import Reader
 from qlora_lightning.modeling.adapters import LoRASpec, attach_lora, norms_to_fp32
 from qlora_lightning.modeling.checkpointing import apply_gradient_checkpointing

@@ -77,10 +77,10 @@ def test_the_comparison_sees_a_difference(parity: ModuleType, mmlu_folder: Path,
 
 
 def test_prompts_of_the_harness_are_ours(parity: ModuleType, mmlu_folder: Path, model: TrainedModel, tmp_path: Path) -> None:
-    from qlora_lightning.evaluation.harness_model import run_tasks
-    from qlora_lightning.evaluation.harness_tasks import find_tasks, prepare_tasks
-    from qlora_lightning.evaluation.mmlu_data import Exam
-    from qlora_lightning.evaluation.mmlu_prompt import prompt_text
+    from qlora_lightning.evaluation.harness.model import run_tasks
+    from qlora_lightning.evaluation.harness.tasks import find_tasks, prepare_tasks
+    from qlora_lightning.evaluation.mmlu.prompts import prompt_text
+    from qlora_lightning.evaluation.mmlu.questions import Exam
 
     for style in ("paper", "lm_eval"):
         found = find_tasks([str(parity.write_task(mmlu_folder, tmp_path, "anatomy", style))])

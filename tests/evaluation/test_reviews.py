@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from qlora_lightning.errors import UserError
-from qlora_lightning.evaluation.reviews import Mode, own_prompts, parse_score, read_review_prompts
+from qlora_lightning.evaluation.judge.reviews import Mode, own_prompts, parse_score, read_review_prompts
 
 REAL = os.environ.get("QLORA_LIGHTNING_REAL_DATA")
 

@@ -13,11 +13,11 @@ import pytest
 from verdict_files import own_row, round_robin, write_rows
 
 from qlora_lightning.cli import main
-from qlora_lightning.evaluation import elo as elo_module
-from qlora_lightning.evaluation.elo import elo
-from qlora_lightning.evaluation.matches import matches_of, order_bias
-from qlora_lightning.evaluation.ratings import Ratings, read_ratings
-from qlora_lightning.evaluation.relative import percents
+from qlora_lightning.evaluation.tournament import elo as elo_module
+from qlora_lightning.evaluation.tournament.elo import elo
+from qlora_lightning.evaluation.tournament.matches import matches_of, order_bias
+from qlora_lightning.evaluation.tournament.ratings import Ratings, read_ratings
+from qlora_lightning.evaluation.tournament.relative import percents
 
 STRENGTHS = {"best": 3, "middle": 2, "weak|odd <name>": 1, "also": 1}
 

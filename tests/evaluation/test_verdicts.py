@@ -11,9 +11,9 @@ import pytest
 from verdict_files import own_row, released_row, write_rows
 
 from qlora_lightning.errors import UserError
-from qlora_lightning.evaluation.ratings import read_ratings
-from qlora_lightning.evaluation.released import system_name
-from qlora_lightning.evaluation.verdicts import Verdict
+from qlora_lightning.evaluation.tournament.ratings import read_ratings
+from qlora_lightning.evaluation.tournament.released import system_name
+from qlora_lightning.evaluation.tournament.verdicts import Verdict
 
 
 def test_rows_of_judge_are_read_from_a_folder_and_what_lies_in_it(tmp_path: Path) -> None:

@@ -14,10 +14,10 @@ from qlora_lightning.callbacks.run_files import drop_mmlu_after, mmlu_name, writ
 from qlora_lightning.console import console, say
 from qlora_lightning.data.spec import DataPath
 from qlora_lightning.errors import UserError, check_least
-from qlora_lightning.evaluation.mmlu import Answers, MMLUTest, context_length
-from qlora_lightning.evaluation.mmlu_data import HUB_REVISION, Exam, Question, Split
-from qlora_lightning.evaluation.mmlu_prompt import Style
-from qlora_lightning.evaluation.mmlu_scores import MMLUScores, Score
+from qlora_lightning.evaluation.mmlu.prompts import Style
+from qlora_lightning.evaluation.mmlu.questions import HUB_REVISION, Exam, Question, Split
+from qlora_lightning.evaluation.mmlu.scores import MMLUScores, Score
+from qlora_lightning.evaluation.mmlu.scoring import Answers, MMLUTest, context_length
 from qlora_lightning.loggers import RunWandbLogger
 from qlora_lightning.modeling.positions import base_positions
 from qlora_lightning.module import QLoRAModule

@@ -16,7 +16,7 @@ from qlora_lightning.data.files import read_rows
 from qlora_lightning.data.hub import download
 from qlora_lightning.data.rows import Row
 from qlora_lightning.errors import UserError
-from qlora_lightning.evaluation.mmlu_subjects import SUBJECTS
+from qlora_lightning.evaluation.mmlu.subjects import SUBJECTS
 
 Split = Literal["test", "val", "dev"]
 LETTERS = "ABCD"

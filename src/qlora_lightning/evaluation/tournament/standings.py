@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from qlora_lightning.evaluation.bradley_terry import BradleyTerry, bradley_terry
 from qlora_lightning.evaluation.counting import counting
-from qlora_lightning.evaluation.elo import Elo, elo, orders_played
-from qlora_lightning.evaluation.matches import Floats, Matches, OrderBias, comparisons, matches_of, order_bias
-from qlora_lightning.evaluation.ratings import Ratings
-from qlora_lightning.evaluation.relative import Percent, percents
-from qlora_lightning.evaluation.verdicts import Kind
+from qlora_lightning.evaluation.tournament.bradley_terry import BradleyTerry, bradley_terry
+from qlora_lightning.evaluation.tournament.elo import Elo, elo, orders_played
+from qlora_lightning.evaluation.tournament.matches import Floats, Matches, OrderBias, comparisons, matches_of, order_bias
+from qlora_lightning.evaluation.tournament.ratings import Ratings
+from qlora_lightning.evaluation.tournament.relative import Percent, percents
+from qlora_lightning.evaluation.tournament.verdicts import Kind
 
 READABLE_MATRIX = range(3, 17)
 """Systems: a matrix of two says what the ratings say, and the numbers of a larger one cannot be read."""

@@ -14,10 +14,10 @@ from statsmodels.stats.inter_rater import aggregate_raters, fleiss_kappa
 
 from qlora_lightning.console import say
 from qlora_lightning.errors import UserError
-from qlora_lightning.evaluation.matches import comparisons
-from qlora_lightning.evaluation.ratings import Ratings, read_ratings
-from qlora_lightning.evaluation.tournament_report import Section, show_section
-from qlora_lightning.evaluation.verdicts import Verdict, visible
+from qlora_lightning.evaluation.tournament.matches import comparisons
+from qlora_lightning.evaluation.tournament.ratings import Ratings, read_ratings
+from qlora_lightning.evaluation.tournament.report import Section, show_section
+from qlora_lightning.evaluation.tournament.verdicts import Verdict, visible
 
 Example = tuple[str, str, str]
 """A question and two systems, in the order of their names."""

@@ -12,13 +12,13 @@ from rich.table import Column, Table
 from qlora_lightning.console import console, say
 from qlora_lightning.errors import UserError
 from qlora_lightning.evaluation.endpoint import Endpoint, EndpointSpec
-from qlora_lightning.evaluation.judging import Asking, ask, budget, due_reviews, summary
-from qlora_lightning.evaluation.reviews import digest, own_prompts, read_review_prompts
-from qlora_lightning.evaluation.systems import check_same_questions, pair_up, read_questions, read_systems
-from qlora_lightning.evaluation.verdict_log import VerdictLog, check_folder, prepare_folder
+from qlora_lightning.evaluation.judge.judging import Asking, ask, budget, due_reviews, summary
+from qlora_lightning.evaluation.judge.reviews import digest, own_prompts, read_review_prompts
+from qlora_lightning.evaluation.judge.systems import check_same_questions, pair_up, read_questions, read_systems
+from qlora_lightning.evaluation.judge.verdict_log import VerdictLog, check_folder, prepare_folder
 
 if TYPE_CHECKING:
-    from qlora_lightning.evaluation.local_judge import LocalJudge
+    from qlora_lightning.evaluation.judge.local import LocalJudge
 
 
 def judge(
@@ -97,9 +97,9 @@ def judge(
             EndpointSpec(base_url, name, key_variable, parallel, requests_per_minute, timeout_seconds, retries, completion_limit)
         )
     else:
-        from qlora_lightning.evaluation import local_judge  # torch and transformers, which a server's judge does without
+        from qlora_lightning.evaluation.judge import local  # torch and transformers, which a server's judge does without
 
-        chosen = local_judge.LocalJudge(judge_adapter, judge_base, judge_template, asking, batch_size)
+        chosen = local.LocalJudge(judge_adapter, judge_base, judge_template, asking, batch_size)
     all_questions, systems = read_questions(questions), read_systems(answers)
     asked = all_questions[:limit]
     check_same_questions(asked, systems)

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qlora_lightning.evaluation.matches import Floats
-from qlora_lightning.evaluation.verdicts import Verdict
+from qlora_lightning.evaluation.tournament.matches import Floats
+from qlora_lightning.evaluation.tournament.verdicts import Verdict
 
 _SAMPLES = 2000
 _INTERVAL = (2.5, 97.5)

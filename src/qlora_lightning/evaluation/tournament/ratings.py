@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from qlora_lightning.errors import UserError
-from qlora_lightning.evaluation.released import Located, is_released, released_file, released_verdicts
-from qlora_lightning.evaluation.verdicts import Verdict, own_verdict
+from qlora_lightning.evaluation.tournament.released import Located, is_released, released_file, released_verdicts
+from qlora_lightning.evaluation.tournament.verdicts import Verdict, own_verdict
 
 
 @dataclass(frozen=True)

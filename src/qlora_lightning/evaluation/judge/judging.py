@@ -10,9 +10,9 @@ from qlora_lightning.console import say
 from qlora_lightning.errors import UserError
 from qlora_lightning.evaluation.counting import counting
 from qlora_lightning.evaluation.endpoint import ChatReply, ChatRequest
-from qlora_lightning.evaluation.reviews import UNPARSED, Mode, ReviewPrompts, parse_score
-from qlora_lightning.evaluation.systems import Match, Question
-from qlora_lightning.evaluation.verdict_log import VerdictLog, VerdictRow
+from qlora_lightning.evaluation.judge.reviews import UNPARSED, Mode, ReviewPrompts, parse_score
+from qlora_lightning.evaluation.judge.systems import Match, Question
+from qlora_lightning.evaluation.judge.verdict_log import VerdictLog, VerdictRow
 
 BYTES_PER_TOKEN = 4
 """Of text in UTF-8, about, in any script: a letter of Cyrillic has two bytes, one of Chinese three."""

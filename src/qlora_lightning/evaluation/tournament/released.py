@@ -13,7 +13,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from qlora_lightning.errors import UserError
-from qlora_lightning.evaluation.verdicts import Verdict, described, parsed_score
+from qlora_lightning.evaluation.tournament.verdicts import Verdict, described, parsed_score
 
 _FIELDS = ("answer1_id", "answer2_id", "score")
 # The judge is what stands between the second system and "-reviewer"; its own name may hold dashes (gpt-4).

@@ -6,7 +6,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_lightning.evaluation.verdicts import Verdict
+from qlora_lightning.evaluation.tournament.verdicts import Verdict
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]

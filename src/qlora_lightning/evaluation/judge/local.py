@@ -8,7 +8,7 @@ from qlora_lightning.answering_local import LocalAnswerer
 from qlora_lightning.data.rows import Message, Role
 from qlora_lightning.errors import UserError
 from qlora_lightning.evaluation.endpoint import ChatReply, ChatRequest
-from qlora_lightning.evaluation.judging import Asking
+from qlora_lightning.evaluation.judge.judging import Asking
 from qlora_lightning.generation import GenerationSpec
 
 

@@ -17,7 +17,7 @@ from lm_eval.tasks.manager import TaskDict
 
 from qlora_lightning.console import say
 from qlora_lightning.errors import UserError
-from qlora_lightning.evaluation.harness_log import quiet_harness
+from qlora_lightning.evaluation.harness.log import quiet_harness
 from qlora_lightning.modeling.sources import first_line
 
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from qlora_lightning.errors import UserError
-from qlora_lightning.evaluation.mmlu_data import Question
-from qlora_lightning.evaluation.mmlu_prompt import Prompt, Prompter, Style
-from qlora_lightning.evaluation.mmlu_scores import MMLUScores, score
+from qlora_lightning.evaluation.mmlu.prompts import Prompt, Prompter, Style
+from qlora_lightning.evaluation.mmlu.questions import Question
+from qlora_lightning.evaluation.mmlu.scores import MMLUScores, score
 from qlora_lightning.evaluation.prefix import Reader
 from qlora_lightning.modeling.tokenizer import filler_id
 

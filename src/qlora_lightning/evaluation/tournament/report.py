@@ -11,9 +11,9 @@ from rich.text import Text
 
 from qlora_lightning.console import console, say
 from qlora_lightning.errors import UserError
-from qlora_lightning.evaluation.elo import ORDERS_EACH, RESAMPLES
-from qlora_lightning.evaluation.standings import READABLE_MATRIX, Tournament
-from qlora_lightning.evaluation.verdicts import visible
+from qlora_lightning.evaluation.tournament.elo import ORDERS_EACH, RESAMPLES
+from qlora_lightning.evaluation.tournament.standings import READABLE_MATRIX, Tournament
+from qlora_lightning.evaluation.tournament.verdicts import visible
 
 _WIDEST = 400  # characters
 
@@ -54,7 +54,7 @@ def write_report(found: Tournament, folder: Path) -> list[Path]:
     Raises:
         UserError: one cannot be written.
     """
-    from qlora_lightning.evaluation.tournament_picture import draw, save  # matplotlib takes long to load
+    from qlora_lightning.evaluation.tournament.picture import draw, save  # matplotlib takes long to load
 
     order = found.ranking
     names = [found.matches.systems[one] for one in order]

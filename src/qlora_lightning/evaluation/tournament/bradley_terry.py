@@ -8,8 +8,8 @@ import statsmodels.api as sm
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 
-from qlora_lightning.evaluation.elo import SCALE, START, Z
-from qlora_lightning.evaluation.matches import Floats, Matches
+from qlora_lightning.evaluation.tournament.elo import SCALE, START, Z
+from qlora_lightning.evaluation.tournament.matches import Floats, Matches
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Literal
 from transformers import PreTrainedTokenizerFast
 
 from qlora_lightning.errors import UserError
-from qlora_lightning.evaluation.mmlu_data import LETTERS, Problem, Question, paper_header, written
+from qlora_lightning.evaluation.mmlu.questions import LETTERS, Problem, Question, paper_header, written
 
 Style = Literal["paper", "lm_eval"]
 

@@ -10,7 +10,7 @@ from typing import Any, TextIO
 from filelock import FileLock, Timeout
 
 from qlora_lightning.errors import UserError
-from qlora_lightning.evaluation.reviews import Mode, Score
+from qlora_lightning.evaluation.judge.reviews import Mode, Score
 
 SETTINGS = "judge.json"
 """File that says what all verdicts of a folder have in common."""

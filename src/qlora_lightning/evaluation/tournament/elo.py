@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_lightning.evaluation.matches import Floats, Ints, Matches
+from qlora_lightning.evaluation.tournament.matches import Floats, Ints, Matches
 
 START = 1000.0  # QLoRA paper, section 5.2
 SCALE = 400.0  # points by which the odds of a win grow tenfold (Elo's own)

@@ -65,8 +65,8 @@ def evaluate(
     logger = _wandb_logger(wandb_project, Path(run) if run else None)
     say("Loading lm-evaluation-harness")
     # not before: that takes seconds, and what is wrong above need not wait for it
-    from qlora_lightning.evaluation.harness_model import run_tasks
-    from qlora_lightning.evaluation.harness_tasks import find_tasks, prepare_tasks, seed_everything
+    from qlora_lightning.evaluation.harness.model import run_tasks
+    from qlora_lightning.evaluation.harness.tasks import find_tasks, prepare_tasks, seed_everything
 
     seed_everything(seed)
     found = find_tasks([name.strip() for name in tasks.split(",") if name.strip()], Path(include_path) if include_path else None)

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from qlora_lightning.evaluation.intervals import Estimate, mean, share
-from qlora_lightning.evaluation.mmlu_subjects import category_of
+from qlora_lightning.evaluation.mmlu.subjects import category_of
 
 
 @dataclass(frozen=True)

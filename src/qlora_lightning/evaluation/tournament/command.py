@@ -7,11 +7,11 @@ from pathlib import Path
 
 from qlora_lightning.console import say
 from qlora_lightning.errors import UserError
-from qlora_lightning.evaluation.ratings import read_ratings
-from qlora_lightning.evaluation.released import system_name
-from qlora_lightning.evaluation.standings import document, hold
-from qlora_lightning.evaluation.tournament_report import show, write_report
-from qlora_lightning.evaluation.verdicts import Verdict
+from qlora_lightning.evaluation.tournament.ratings import read_ratings
+from qlora_lightning.evaluation.tournament.released import system_name
+from qlora_lightning.evaluation.tournament.report import show, write_report
+from qlora_lightning.evaluation.tournament.standings import document, hold
+from qlora_lightning.evaluation.tournament.verdicts import Verdict
 
 _REFERENCE = "gpt-3.5"  # ChatGPT, as in the paper
 

@@ -9,8 +9,8 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from qlora_lightning.evaluation.standings import READABLE_MATRIX
-from qlora_lightning.evaluation.verdicts import visible
+from qlora_lightning.evaluation.tournament.standings import READABLE_MATRIX
+from qlora_lightning.evaluation.tournament.verdicts import visible
 
 _BLUE, _GREY, _INK = "#2166ac", "#8c8c8c", "#222222"
 _LONGEST = 32

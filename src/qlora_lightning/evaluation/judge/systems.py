@@ -9,7 +9,7 @@ from typing import Literal
 from qlora_lightning.data.files import read_rows
 from qlora_lightning.data.rows import Row, fields_of, text_of
 from qlora_lightning.errors import UserError
-from qlora_lightning.evaluation.reviews import digest
+from qlora_lightning.evaluation.judge.reviews import digest
 
 IDS = ("question_id", "message_id", "id")
 """Fields that say which question a row belongs to; the first that a row has counts."""
