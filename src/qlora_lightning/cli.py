@@ -1,6 +1,7 @@
 """The command line: LightningCLI's fit, validate, test and predict, and one table of plain commands. Nothing imports this file."""
 
 import importlib
+import inspect
 import logging
 import os
 import sys
@@ -107,7 +108,8 @@ def _run_plain(command: str, arguments: list[str]) -> int:
     target, summary = PLAIN_COMMANDS[command]
     component: Any = _load(target) if isinstance(target, str) else {name: _load(path) for name, path in target.items()}
     if isinstance(target, str):
-        arguments = gather_lists(component, arguments)
+        arguments, summary = gather_lists(component, arguments), inspect.getdoc(component) or summary
+    summary = summary.partition("\n\nArgs:")[0].partition("\n\nRaises:")[0]
     result = auto_cli(
         component, args=arguments, as_positional=False, parser_class=CommandParser, prog=f"qlora-lightning {command}", description=summary
     )
