@@ -348,6 +348,25 @@ def test_an_interrupted_fit_says_how_to_go_on(
     assert capsys.readouterr().err == line
 
 
+@pytest.mark.parametrize(
+    ("package", "command"),
+    [
+        ("statsmodels", ["elo", "verdicts"]),
+        ("scipy", ["agreement", "a", "b"]),
+        ("matplotlib", ["report", "run"]),
+        ("lm_eval", ["evaluate", "--tasks", "arc_easy", "--base_model", "base"]),
+    ],
+)
+def test_a_missing_extra_gives_the_pip_line(package: str, command: list[str]) -> None:
+    """In a process of its own: what is not installed cannot have been imported by another test."""
+    code = f"import sys; sys.modules[{package!r}] = None; from qlora_lightning.cli import main; sys.exit(main({command}))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1] == (
+        f"qlora-lightning: this command needs the package {package}; install what evaluations need: pip install 'qlora-lightning[eval]'"
+    )
+
+
 def test_lines_for_users_do_not_import_torch() -> None:
     code = "import sys; from qlora_lightning.cli import main; assert main(['fitt']) == 2; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

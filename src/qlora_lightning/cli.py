@@ -134,8 +134,8 @@ def user_line(error: BaseException) -> str | None:
             "trainer.strategy.init_args.gradient_checkpointing: full, "
             f"or shorten data.dataset.max_length ({str(error).split('.')[0]})"
         )
-    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in EVAL_PACKAGES:
-        return f"this command needs the package {error.name}; install what evaluations need: pip install 'qlora-lightning[eval]'"
+    if isinstance(error, ModuleNotFoundError) and (package := (error.name or "").partition(".")[0]) in EVAL_PACKAGES:
+        return f"this command needs the package {package}; install what evaluations need: pip install 'qlora-lightning[eval]'"
     if isinstance(error, OSError) and error.errno == 28:
         return f"no space left on the disk that holds {error.filename or 'the run folder'}; free some, then go on (fit: --ckpt_path last)"
     if type(error).__name__ == "MisconfigurationException":  # Lightning's word for a setting that cannot work
