@@ -115,7 +115,7 @@ class MMLU(Callback):
                 scores = self.evaluate(trainer, pl_module, mmlu_name(trainer.global_step))
             for logger in trainer.loggers:  # at once: what `log` takes here, Lightning would repeat at every later step
                 logger.log_metrics(scores.metrics(), step=trainer.global_step - 1)
-            say(f"MMLU after step {trainer.global_step}: {_percent(scores.macro)} (mean over {len(scores.subjects)} subjects)")
+            say(f"MMLU after step {trainer.global_step}: {_percent(scores.macro)} (mean over subjects: {len(scores.subjects)})")
 
     def evaluate(self, trainer: Trainer, module: LightningModule, name: str) -> MMLUScores:
         """Score the model as it is now, write ``mmlu/<name>.json`` into the run folder and the subjects' table to W&B.
