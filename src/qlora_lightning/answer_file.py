@@ -8,6 +8,7 @@ from typing import Any
 
 from qlora_lightning.data.rows import Row
 from qlora_lightning.errors import UserError
+from qlora_lightning.evaluation.output import check_output as check_file
 
 _ESCAPED = "backslashreplace"  # half a surrogate pair, which UTF-8 cannot write, becomes JSON's own escape for it
 
@@ -110,12 +111,7 @@ def check_output(target: Path, prompts: Path, overwrite: bool) -> None:
     """Raises UserError unless answers may be written there: known before a model loads, which takes long."""
     if target.exists() and prompts.exists() and target.samefile(prompts):
         raise UserError(f"answers must not take the place of their prompts, got {target} for both; give another name")
-    if target.is_dir():
-        raise UserError(f"output {target} is a folder; give the name of a file in it")
-    if target.exists() and not overwrite:
-        raise UserError(f"output {target} exists; give another name or --overwrite")
-    if not target.parent.is_dir():
-        raise UserError(f"the folder of output {target} does not exist; make it first")
+    check_file(str(target), overwrite)
 
 
 def _line(values: dict[str, Any]) -> str:

@@ -156,7 +156,7 @@ def test_wrong_input_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: P
         (good, *base, "--batch_size", "0"): "batch_size must be 1 or more",
         (good, *base, "--limit", "0"): "limit must be 1 or more",
         (good, *base, "--output", good): "exists; give another name or --overwrite",
-        (good, *base, "--output", str(tmp_path), "--overwrite"): "exists; give another name",
+        (good, *base, "--output", str(tmp_path), "--overwrite"): "is a folder; give the name of a file in it",
         (good, *base, "--output", str(tmp_path / "no" / "x.jsonl")): "does not exist; make it first",
         (good, "--storage", "nf5"): "16bit",
         (good,): "no base model is known",

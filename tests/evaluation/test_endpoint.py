@@ -250,6 +250,7 @@ def test_no_server_shows_at_once() -> None:
 def test_a_busy_server_passes_the_check(answer: Answer) -> None:
     with serving(lambda *_: answer) as server:
         Endpoint(EndpointSpec(server.base_url, "m")).check()
+    assert len(server.asked) == 1  # the work waits and asks again, not the check
 
 
 @pytest.mark.parametrize(

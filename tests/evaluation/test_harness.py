@@ -215,7 +215,7 @@ def test_metrics_keep_their_filter_and_json_no_nan() -> None:
         (["--limit", "0"], "limit must be 1 or more, got 0"),
         (["--batch_size", "0"], "batch_size must be auto or 1 or more, got 0"),
         (["--storage", "int3"], "storage"),
-        (["--output", "no/such/file.json"], "the folder of no/such/file.json does not exist"),
+        (["--output", "no/such/file.json"], "the folder of output no/such/file.json does not exist"),
         (["--output", "colours.yaml"], "colours.yaml exists; give another name or --overwrite"),
         (["--run", "."], "holds no W&B run"),
         (["--tasks", ","], "gives no task; name one"),

@@ -1,4 +1,4 @@
-"""Files that a measurement writes: checked before a model is loaded, which takes long, and written whole."""
+"""Files that a command writes: checked before a model is loaded, which takes long, and written whole."""
 
 from pathlib import Path
 
@@ -10,10 +10,12 @@ def check_output(file: str | None, overwrite: bool) -> None:
     if file is None:
         return
     target = Path(file)
-    if target.exists() and not (overwrite and target.is_file()):
-        raise UserError(f"{file} exists; give another name" + (" or --overwrite" if target.is_file() else ""))
+    if target.is_dir():
+        raise UserError(f"output {target} is a folder; give the name of a file in it")
+    if target.exists() and not overwrite:
+        raise UserError(f"output {target} exists; give another name or --overwrite")
     if not target.parent.is_dir():
-        raise UserError(f"the folder of {file} does not exist; make it first")
+        raise UserError(f"the folder of output {target} does not exist; make it first")
 
 
 def write_output(file: str, text: str) -> None:
