@@ -8,8 +8,12 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before any Hugging Face import: no test touches the network
 os.environ.setdefault("WANDB_MODE", "disabled")
 
-import pytest
 import torch
+
+# Before triton is imported, which transformers does: without a GPU the kernels run in triton's interpreter.
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+
+import pytest
 from running import base_options
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

@@ -14,7 +14,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, found none"),
 ]
-# an adapter of which each matrix has more than the 100,000 elements from which on bitsandbytes pages
+# an adapter whose optimizer state is more than 0.00 GiB, and more than the 100,000 values from which on bitsandbytes pages
 OPTIONS = ("trainer.accelerator=gpu", "model.lora.r=2048", "model.compute=bf16", "model.lora.dropout=0.1")
 
 

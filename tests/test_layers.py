@@ -19,6 +19,8 @@ LAYERS = {
     "strategies.policy": 0,
     "strategies": 1,
     "modeling": 1,
+    "kernels": 0,
+    "fused": 1,
     "optim": 0,
     "errors": 0,
     "console": 0,

@@ -45,7 +45,7 @@ def gradients(module: QLoRAModule, loss: torch.Tensor) -> list[torch.Tensor]:
     """Gradients of the adapter, which are then cleared."""
     loss.backward()
     found = [parameter.grad.clone() for parameter in module.parameters() if parameter.grad is not None]
-    module.zero_grad()
+    module.model.zero_grad()
     return found
 
 

@@ -91,7 +91,7 @@ def wrap(model: torch.nn.Module) -> QLoRAModule:
 
 def step_of(module: QLoRAModule, step: list[Batch]) -> tuple[float, torch.Tensor]:
     """Loss and gradient (all of it, flat) of one optimizer step."""
-    module.zero_grad()
+    module.model.zero_grad()
     loss = 0.0
     for batch in step:
         share = module.cross_entropy_sum(batch) / batch["tokens_in_step"]

@@ -127,7 +127,7 @@ def test_paper_recipe(name: str, size: str) -> None:
     assert (optimizer.schedule, optimizer.betas[1], optimizer.weight_decay) == ("constant", 0.999, 0.0)
     assert (model.quantization.quant_type, model.quantization.double_quant, model.compute) == ("nf4", True, "auto")
     policy = trainer.strategy.init_args
-    assert (policy.paged_optimizer, policy.optimizer_bits, policy.gradient_checkpointing) == (True, 32, "full")
+    assert (policy.paged_optimizer, policy.optimizer_bits, policy.gradient_checkpointing) == (True, 32, "auto")
     assert (trainer.gradient_clip_val, config.seed_everything, config.data.seed, config.data.group_by_length) == (0.3, 0, 42, True)
     assert 10 <= trainer.max_steps / config.validation.every_n_steps < 11
     assert config.checkpoint.every_n_steps == (500 if size in ("7b", "13b") else 200)
@@ -155,7 +155,7 @@ def test_command_line_wins_over_recipe_and_recipe_over_defaults(tmp_path: Path) 
     config = parse("--config", str(first), "--config", str(second), "--model.lora.r", "16", "--trainer.strategy.paged_optimizer", "false")
     assert (config.model.lora.r, config.trainer.max_steps, config.trainer.gradient_clip_val) == (16, 6, 1.0)
     assert config.trainer.strategy.init_args.paged_optimizer is False
-    assert config.trainer.strategy.init_args.gradient_checkpointing == "full"
+    assert config.trainer.strategy.init_args.gradient_checkpointing == "auto"
     assert config.data.dataset.path == str(tmp_path / "x.jsonl")
 
 

@@ -9,7 +9,10 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import StrategyRegistry
+from running import base_options, line_of
 
+from qlora_lightning.errors import UserError
+from qlora_lightning.modeling.flat import ROW
 from qlora_lightning.optim import OptimizerSpec, build_optimizer, build_schedule, describe_optimizer, load_optimizer_state, state_bytes
 from qlora_lightning.strategies import MemoryPolicy, QLoRAStrategy
 from qlora_lightning.strategies.checkpoint_io import AtomicCheckpointIO
@@ -21,7 +24,7 @@ def test_strategy_is_chosen_by_name() -> None:
     assert "qlora" in StrategyRegistry
     strategy = Trainer(strategy="qlora", accelerator="cpu", logger=False, enable_checkpointing=False).strategy
     assert isinstance(strategy, QLoRAStrategy)
-    assert strategy.policy == MemoryPolicy(paged_optimizer=True, optimizer_bits=32, gradient_checkpointing="full")
+    assert strategy.policy == MemoryPolicy(paged_optimizer=True, optimizer_bits=32, gradient_checkpointing="auto")
     assert strategy.root_device == CPU
 
 
@@ -83,6 +86,36 @@ def test_loaded_state_goes_back_into_the_optimizers_own_buffers(monkeypatch: pyt
     assert torch.equal(parameters[0], parameters[1])
 
 
+def test_optimizer_state_of_other_parameters_is_refused_in_one_line() -> None:
+    """As checkpoints had it that held a state for each matrix of the adapter."""
+    many, flat = (torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2)) for _ in range(count)]) for count in (28, 1))
+    with pytest.raises(UserError) as error:
+        load_optimizer_state(flat, many.state_dict())
+    assert str(error.value) == (
+        "the checkpoint holds the optimizer's state as 28 tensors, not 1: another version of qlora-lightning wrote it; "
+        "start from the adapter folder beside it (--ckpt_path FOLDER: its weights, a fresh optimizer)"
+    )
+
+
+def test_memory_budget_has_a_least_value(tiny_base: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ("fit", *base_options(tiny_base, rows_file, tmp_path), "--trainer.strategy.memory_budget_gib")
+    line = "trainer.strategy.init_args.memory_budget_gib must be at least 1, got 0.5; correct it or leave it out"
+    assert line_of(capsys, *command, "0.5") == line
+    MemoryPolicy(memory_budget_gib=1).check()
+
+
+@pytest.mark.parametrize(
+    "policy, text",
+    [
+        (MemoryPolicy(), "auto within what memory is free"),
+        (MemoryPolicy(memory_budget_gib=23.5, offload_inputs=True), "auto within 23.5 GiB in all, kept inputs on the host"),
+        (MemoryPolicy(gradient_checkpointing="none"), "none"),
+    ],
+)
+def test_policy_says_what_is_kept(policy: MemoryPolicy, text: str) -> None:
+    assert policy.describe_checkpointing() == f"gradient checkpointing {text}"
+
+
 def test_checkpoint_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     """A failure while writing leaves the earlier file."""
     io, path = AtomicCheckpointIO(), tmp_path / "last.ckpt"
@@ -100,7 +133,8 @@ def test_checkpoint_holds_the_run_but_not_the_base(fit: Callable[..., Path]) -> 
     assert all("lora_" in name for name in checkpoint["state_dict"])
     assert len(checkpoint["state_dict"]) == 2 * 7 * 2  # two layers, seven linears, A and B
     assert checkpoint["global_step"] == 2
-    assert len(checkpoint["optimizer_states"][0]["state"]) == 28
+    adapter = sum(value.numel() for value in checkpoint["state_dict"].values())
+    assert [state["exp_avg"].numel() for state in checkpoint["optimizer_states"][0]["state"].values()] == [-(-adapter // ROW) * ROW]
     assert checkpoint["lr_schedulers"][0]["last_epoch"] == 2
     assert checkpoint["InstructionDataModule"]["cursor"] == {"epoch": 0, "step": 2}
     assert any("RandomState" in name for name in checkpoint["callbacks"])

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+FP8 = " Products with frozen weights were computed in FP8 (e4m3) while training, which is not paper-exact."
 CARD = """---
 base_model: {base_model}
 library_name: peft
@@ -11,7 +12,7 @@ tags: [qlora, lora, qlora-lightning]
 
 # LoRA adapter for {base_model}
 
-Trained with QLoRA by qlora-lightning: {quant_type}{double}, rank {r}, alpha {alpha}, {step} optimizer steps.
+Trained with QLoRA by qlora-lightning: {quant_type}{double}, rank {r}, alpha {alpha}, {step} optimizer steps.{compute}
 
 ## Use
 
@@ -52,6 +53,7 @@ def adapter_card(metadata: dict[str, Any], folder: Path) -> str:
         r=metadata["lora"]["r"],
         alpha=metadata["lora"]["alpha"],
         step=metadata["step"],
+        compute=FP8 if metadata.get("compute") == "fp8" else "",
         template=metadata["template"],
         system=f" and the system prompt {metadata['system_prompt']!r}" if metadata["system_prompt"] else "",
         data="\n".join(f"- {key}: {value}" for key, value in data.items()),

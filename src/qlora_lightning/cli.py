@@ -131,7 +131,7 @@ def user_line(error: BaseException) -> str | None:
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return (
             "out of GPU memory; raise trainer.accumulate_grad_batches (smaller microbatches), set "
-            "trainer.strategy.init_args.gradient_checkpointing: full, "
+            "trainer.strategy.init_args.gradient_checkpointing: full (or a lower memory_budget_gib for auto), "
             f"or shorten data.dataset.max_length ({str(error).split('.')[0]})"
         )
     if isinstance(error, ModuleNotFoundError) and (package := (error.name or "").partition(".")[0]) in EVAL_PACKAGES:

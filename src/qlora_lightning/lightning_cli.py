@@ -190,6 +190,7 @@ class QLoRACLI(LightningCLI):
             raise UserError(
                 f"trainer.strategy must be qlora, got {type(self.trainer.strategy).__name__}; leave it as lightning_cli.yaml has it"
             )
+        self.trainer.strategy.policy.check()
         if str(self.trainer.precision) != "32-true":
             raise UserError(
                 f"trainer.precision must stay unset, got {self.trainer.precision}; model.compute chooses the dtype of the products"

@@ -22,15 +22,17 @@ from qlora_lightning.console import console, say
 from qlora_lightning.data.dataset import IGNORED
 from qlora_lightning.data.heldout import HeldoutSums, heldout_metrics, heldout_names
 from qlora_lightning.errors import UserError
+from qlora_lightning.fused.runner import Runner, fused_runner
 from qlora_lightning.generation import Assistant, GenerationSpec
 from qlora_lightning.modeling.adapters import LoRASpec, attach_lora, check_adapter_shapes, load_adapter, norms_to_fp32
 from qlora_lightning.modeling.checkpointing import apply_gradient_checkpointing
 from qlora_lightning.modeling.fingerprint import base_fingerprint
+from qlora_lightning.modeling.flat import FlatAdapter
 from qlora_lightning.modeling.ledger import ledger, ledger_table
-from qlora_lightning.modeling.loading import Compute, QuantizationSpec, compute_dtype, load_base_model
+from qlora_lightning.modeling.loading import Compute, QuantizationSpec, check_fp8, compute_dtype, load_base_model
 from qlora_lightning.modeling.packed import check_packing
 from qlora_lightning.modeling.sources import stored_source
-from qlora_lightning.optim import OptimizerSpec, build_optimizer, build_schedule, optimized
+from qlora_lightning.optim import OptimizerSpec, build_optimizer, build_schedule
 from qlora_lightning.strategies.policy import MemoryPolicy
 
 COMPARED = {
@@ -51,10 +53,15 @@ class QLoRAModule(LightningModule):
         lora: The low-rank adapters.
         quantization: How the frozen base is stored.
         optimizer: AdamW and its schedule.
-        compute: Dtype of the matrix products: bf16, fp32, or auto (bf16 where the device multiplies it well).
+        compute: Dtype of the matrix products: bf16, fp32, or auto (bf16 where the device multiplies it well). fp8 trains faster on GPUs
+            that have it: products with frozen weights in e4m3, which is not the paper's arithmetic, and bf16 elsewhere.
+        fused: Train through hand-written blocks and CUDA graphs where the device and the model's family allow it; false uses
+            transformers' own. Adapters and checkpoints are the same.
     """
 
     model: PeftModel
+    flat: FlatAdapter
+    """The model's adapter as one tensor, and its gradient."""
     grad_norm: Tensor
     """Norm of the last step's gradient, before clipping."""
 
@@ -66,6 +73,7 @@ class QLoRAModule(LightningModule):
         quantization: QuantizationSpec = QuantizationSpec(),  # noqa: B008
         optimizer: OptimizerSpec = OptimizerSpec(),  # noqa: B008
         compute: Compute = "auto",
+        fused: bool = True,
     ) -> None:
         super().__init__()
         self.base_model = base_model
@@ -74,12 +82,14 @@ class QLoRAModule(LightningModule):
         self.quantization = quantization
         self.optimizer = optimizer
         self.compute = compute
+        self.fused = fused
         self.initial_adapter: Path | None = None
         """Adapter folder whose weights replace the fresh ones, set before the Trainer runs."""
         self.generation = GenerationSpec()
         """How ``predict`` draws answers, set before it starts."""
         self.strict_loading = False  # a checkpoint never holds the frozen base; on_load_checkpoint compares what it does hold
         self._step_loss: Tensor | float = 0.0
+        self._runner: Runner | None = None
         self._heldout = HeldoutSums()
 
     @property
@@ -100,31 +110,37 @@ class QLoRAModule(LightningModule):
             return
         device = self.trainer.strategy.root_device
         self._compute_dtype = compute_dtype(self.compute, device)
+        if self.trainer.state.fn == "fit":
+            check_fp8(self.compute, self.fused, device)
         say(f"Loading {self.base_model} in {self.quantization.quant_type} onto {device}")
         base = load_base_model(self.base_model, self.quantization, self._compute_dtype, device, self.revision)
         self.base_fingerprint = base_fingerprint(self.base_model, self.revision)
         torch.manual_seed(torch.initial_seed())  # A's first values depend on the seed alone, not on what ran before
         model = attach_lora(base, self.lora)
         norms_to_fp32(model, self._compute_dtype)
-        apply_gradient_checkpointing(model, self.policy.gradient_checkpointing)
         if self.initial_adapter is not None:
             load_adapter(model, self.initial_adapter, self.base_fingerprint)
+        self.flat = FlatAdapter(model)
         self.model = model.train()
-        self._check_packing()
+        if self.trainer.state.fn == "fit":
+            self._prepare_training(device)
         console.print(ledger_table(ledger(self.model)))
 
-    def _check_packing(self) -> None:
-        """Refuse a model that would mix the sequences of a packed row: here, before an earlier run is given up for this one."""
+    def _prepare_training(self, device: torch.device) -> None:
+        """Choose the path of training steps; refuse a model that would mix the sequences of a packed row."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        if self.trainer.state.fn == "fit" and data.packing:
-            with self.autocast(self.trainer.strategy.root_device):
-                check_packing(self.model, self.base_model)
+        if self.fused:
+            self._runner = fused_runner(self.model, self.flat, self.policy, device, self._compute_dtype, self.compute == "fp8")
+        if self._runner is None:
+            apply_gradient_checkpointing(self.model, self.policy.gradient_checkpointing)
+            if data.packing:  # before an earlier run is given up for this one
+                with self.autocast(device):
+                    check_packing(self.model, self.base_model)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW over the adapter, as the strategy's memory policy allows, and its schedule by optimizer steps."""
         device = self.trainer.strategy.root_device
-        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        optimizer = build_optimizer(parameters, self.optimizer, self.policy, device)
+        optimizer = build_optimizer(self.flat.pieces, self.optimizer, self.policy, device)
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         schedule = build_schedule(optimizer, self.optimizer, data.total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -174,15 +190,14 @@ class QLoRAModule(LightningModule):
         The step's loss is (sum over all its supervised tokens) / (their number). Lightning divides what is returned by
         ``accumulate_grad_batches`` and a distributed strategy averages over ranks, so both are multiplied in here.
         """
-        loss_sum = self.cross_entropy_sum(batch)
+        loss_sum = self._runner.cross_entropy_sum(batch) if self._runner else self.cross_entropy_sum(batch)
         share = loss_sum / batch["tokens_in_step"]
         self._step_loss = self._step_loss + share.detach()
         return share * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Log the step's loss, the norm of its gradient before clipping, and the learning rate that it uses."""
-        gradients = [parameter.grad for parameter in optimized(optimizer) if parameter.grad is not None]
-        self.grad_norm = torch.nn.utils.get_total_norm(gradients)
+        self.grad_norm = self.flat.gradient_norm()
         self.log("train/loss", self._step_loss)
         self.log("train/grad_norm", self.grad_norm)
         self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
@@ -193,10 +208,19 @@ class QLoRAModule(LightningModule):
     ) -> None:
         """Clip by the norm that is known already; any other algorithm is Lightning's."""
         if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
-            parameters = [parameter for parameter in optimized(optimizer) if parameter.grad is not None]
-            torch.nn.utils.clip_grads_with_norm_(parameters, float(gradient_clip_val), self.grad_norm)
+            torch.nn.utils.clip_grads_with_norm_([self.flat.parameter], float(gradient_clip_val), self.grad_norm)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
+        self.flat.zero_grad()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Zero the gradients in place, whatever ``set_to_none``: once dropped, they would no longer be part of the flat gradient.
+
+        Lightning calls this before each fit and evaluation.
+        """
+        self.flat.zero_grad()
 
     # ---- evaluation ----
 

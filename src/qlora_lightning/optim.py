@@ -85,7 +85,16 @@ def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
 
     ``torch.optim`` moves state beside its parameter by itself. bitsandbytes does so too, which makes paged state ordinary device
     memory and the run larger after a resume than before: so its buffers are asked for anew, from the optimizer's own allocator.
+
+    Raises:
+        UserError: the state is that of other parameters than this optimizer's.
     """
+    saved, mine = (sum(len(group["params"]) for group in groups) for groups in (state["param_groups"], optimizer.param_groups))
+    if saved != mine:
+        raise UserError(
+            f"the checkpoint holds the optimizer's state as {saved} tensors, not {mine}: another version of qlora-lightning wrote it; "
+            "start from the adapter folder beside it (--ckpt_path FOLDER: its weights, a fresh optimizer)"
+        )
     if not hasattr(optimizer, "get_state_buffer"):
         optimizer.load_state_dict(state)
         return
@@ -100,11 +109,6 @@ def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
                 values[key].copy_(value)
             else:
                 values[key] = value.to(parameter.device)
-
-
-def optimized(optimizer: Optimizer) -> list[torch.nn.Parameter]:
-    """The parameters that an optimizer updates; to walk the modules of a large model for them takes milliseconds a step."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def state_bytes(optimizer: Optimizer) -> tuple[int, int]:

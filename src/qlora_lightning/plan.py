@@ -2,12 +2,13 @@
 
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 from rich.markup import escape
 from rich.table import Table
 
 from qlora_lightning.data.datamodule import InstructionDataModule
-from qlora_lightning.modeling.loading import compute_dtype
+from qlora_lightning.modeling.loading import FP8_SAID, check_fp8, compute_dtype
 from qlora_lightning.module import QLoRAModule
 from qlora_lightning.optim import describe_optimizer
 
@@ -27,7 +28,7 @@ def plan_run(trainer: Trainer, module: QLoRAModule, data: InstructionDataModule)
         "base model": module.base_model,
         "stored as": f"{module.quantization.quant_type.upper()}{' + double quantisation' if module.quantization.double_quant else ''}",
         "adapter": f"LoRA r {lora.r}, alpha {lora.alpha}, dropout {lora.dropout:g} on {', '.join(lora.target_modules)}",
-        "device": f"{device}, computing in {str(compute_dtype(module.compute, device)).removeprefix('torch.')}",
+        "device": f"{device}, computing {precision(module, device)}",
         **_data_lines(data),
         "held out": f"{data.val_report.kept:,} examples" if data.val_report else "nothing: no validation rows are named",
         "template": data.spec.template,
@@ -38,8 +39,20 @@ def plan_run(trainer: Trainer, module: QLoRAModule, data: InstructionDataModule)
         "learning rate": f"{optimizer.learning_rate:g}, {optimizer.schedule}"
         + (f" after {optimizer.warmup_steps} steps of warm-up" if optimizer.warmup_steps else ""),
         "optimizer": describe_optimizer(module.policy, device),
-        "checkpointing": f"gradient checkpointing {module.policy.gradient_checkpointing}",
+        "checkpointing": module.policy.describe_checkpointing(),
     }
+
+
+def precision(module: QLoRAModule, device: torch.device) -> str:
+    """What products are computed in.
+
+    Raises:
+        UserError: FP8 is wanted where it cannot be.
+    """
+    check_fp8(module.compute, module.fused, device)
+    if module.compute == "fp8":
+        return FP8_SAID
+    return f"in {str(compute_dtype(module.compute, device)).removeprefix('torch.')}"
 
 
 def _data_lines(data: InstructionDataModule) -> dict[str, str]:

@@ -99,5 +99,4 @@ def check_finite(module: LightningModule, step: int) -> None:
 def say_optimizer_state(optimizer: Optimizer) -> None:
     """Say, after the first update of a session, how large the optimizer's state is and how much of it can be paged out."""
     all_bytes, paged = state_bytes(optimizer)
-    paged_text = f"{paged / GIB:.2f} GiB of it in unified memory (tensors of 100,000 values or more)"
-    say(f"Optimizer state: {all_bytes / GIB:.2f} GiB, {paged_text}")
+    say(f"Optimizer state: {all_bytes / GIB:.2f} GiB, {paged / GIB:.2f} GiB of it in unified memory")

@@ -5,6 +5,7 @@ Shapes: B rows, T tokens a row (padded), P positions.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NotRequired, TypedDict
 
 import numpy as np
@@ -28,6 +29,8 @@ class Batch(TypedDict):
     """[B, T] int64: not shifted; -100 where there is no loss."""
     logit_positions: Tensor
     """[P] int64, sorted: the positions t for which some row has a label at t + 1. Logits are needed there only."""
+    scored: Tensor
+    """[num_supervised] int64, sorted: the tokens, counted through the rows (b * T + t), whose next one is a target."""
     tokens_in_step: int
     """Supervised targets (labels at 1 and later) over all microbatches and ranks of the optimizer step."""
     num_tokens: int
@@ -36,6 +39,10 @@ class Batch(TypedDict):
     """Supervised targets of this microbatch."""
     position_ids: NotRequired[Tensor]
     """[B, T] int64, where some row holds several examples: from 0 in each example and in the padding; so a model tells them apart."""
+    cu_seqlens: NotRequired[Tensor]
+    """[sequences + 1] int32, with ``position_ids``: where each begins, counted through the rows, and the end; padding is one too."""
+    longest: NotRequired[int]
+    """Tokens of the longest of them."""
 
 
 class HeldoutBatch(Batch):
@@ -74,7 +81,11 @@ class Collator:
         batch = self.evaluation([_joined(row) for row in rows])
         batch["tokens_in_step"] = microbatch.tokens_in_step
         if any(len(row) > 1 for row in rows):
-            batch["position_ids"] = _position_ids(rows, batch["input_ids"].shape[1])
+            lengths = _sequence_lengths(rows, batch["input_ids"].shape[1])
+            batch["position_ids"] = torch.stack([torch.cat([torch.arange(length) for length in row]) for row in lengths])
+            flat = [length for row in lengths for length in row]
+            batch["cu_seqlens"] = torch.tensor([0, *accumulate(flat)], dtype=torch.int32)
+            batch["longest"] = max(flat)
         return _without_labels(batch) if microbatch.filler else batch
 
     def evaluation(self, examples: Sequence[TokenizedExample]) -> Batch:
@@ -88,6 +99,7 @@ class Collator:
             attention_mask=(torch.arange(labels.shape[1]) < lengths[:, None]).long(),
             labels=labels,
             logit_positions=targets.any(dim=0).nonzero().flatten(),
+            scored=torch.nn.functional.pad(targets, (0, 1)).flatten().nonzero().flatten(),
             tokens_in_step=count,
             num_tokens=int(lengths.sum()),
             num_supervised=count,
@@ -126,15 +138,15 @@ def _joined(row: Sequence[TokenizedExample]) -> TokenizedExample:
     return TokenizedExample(np.concatenate([example.input_ids for example in row]), labels)
 
 
-def _position_ids(rows: Sequence[Sequence[TokenizedExample]], width: int) -> Tensor:
-    """Positions [B, T] in each example; those of the padding behind it make it a sequence of its own."""
+def _sequence_lengths(rows: Sequence[Sequence[TokenizedExample]], width: int) -> list[list[int]]:
+    """Tokens of each example of each row, and of the padding behind them, which is a sequence of its own."""
     lengths = [[len(example.input_ids) for example in row] for row in rows]
-    return torch.stack([torch.cat([torch.arange(n) for n in (*row, width - sum(row))]) for row in lengths])
+    return [[*row, width - sum(row)] if sum(row) < width else row for row in lengths]
 
 
 def _without_labels(batch: Batch) -> Batch:
     """A batch that adds nothing to the loss, for a rank that has no example in a step's last microbatch."""
     batch["labels"] = torch.full_like(batch["labels"], IGNORED)
-    batch["logit_positions"] = batch["logit_positions"][:0]
+    batch["logit_positions"], batch["scored"] = batch["logit_positions"][:0], batch["scored"][:0]
     batch["num_tokens"] = batch["num_supervised"] = 0
     return batch

@@ -74,7 +74,10 @@ def norms_to_fp32(model: torch.nn.Module, dtype: torch.dtype) -> None:
 def save_adapter(model: PeftModel, folder: Path, metadata: dict[str, Any], card: str) -> None:
     """Write PEFT's adapter folder with our metadata and a card. ``metadata`` must be JSON; see ``module.QLoRAModule.metadata``."""
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(str(folder), save_embedding_layers=False)  # "auto" would ask the hub for the base's vocabulary
+    # host copies: PEFT would clone, on the device, tensors that share memory, as those of a flat adapter do
+    weights = {name: value.detach().to("cpu", copy=True) for name, value in model.named_parameters() if ".lora_" in name}
+    # embedding layers by "auto", the default, would be looked for in the base's vocabulary on the hub
+    model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
     (folder / METADATA_FILE).write_text(json.dumps(metadata, indent=2) + "\n")
     (folder / "README.md").write_text(card)
 

@@ -10,7 +10,7 @@ from qlora_lightning.strategies.policy import GradientCheckpointing
 def apply_gradient_checkpointing(model: PeftModel, mode: GradientCheckpointing) -> None:
     """Set ``model``'s blocks to ``mode``. Never re-entrant: that kind needs inputs with gradients, which a frozen base does not give."""
     base: Any = model.get_base_model()
-    if mode == "full":
+    if mode != "none":
         base.gradient_checkpointing_enable({"use_reentrant": False})
     else:
         base.gradient_checkpointing_disable()

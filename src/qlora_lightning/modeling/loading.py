@@ -13,7 +13,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from qlora_lightning.errors import UserError
 from qlora_lightning.modeling.sources import first_line, hub_errors, quiet_transformers, resolve_base
 
-Compute = Literal["auto", "bf16", "fp32"]
+Compute = Literal["auto", "bf16", "fp32", "fp8"]
+FP8_SAID = "products with frozen weights in FP8 (e4m3, a scale a row), bf16 elsewhere; not paper-exact"
+"""What a run in FP8 says of itself."""
 Storage = Literal["nf4-dq", "nf4", "fp4-dq", "fp4", "int8", "16bit"]
 """How a base is held in memory to be measured or asked: 4 bits with or without double quantisation, LLM.int8(), or not quantised."""
 
@@ -43,6 +45,8 @@ class QuantizationSpec:
 def compute_dtype(compute: Compute, device: torch.device) -> torch.dtype:
     """The dtype of the matrix products: bf16 where the device multiplies it well, else fp32.
 
+    fp8 concerns training's products with frozen weights alone: everything else, and every other use of the model, is as with auto.
+
     Raises:
         UserError: bf16 is asked of a GPU that has none.
     """
@@ -54,9 +58,24 @@ def compute_dtype(compute: Compute, device: torch.device) -> torch.dtype:
                 f"{torch.cuda.get_device_name(device)} has no bf16 (Ampere or newer has); set model.compute: fp32, which is slow"
             )
         return torch.float32 if compute == "fp32" else torch.bfloat16
-    if compute == "auto":
+    if compute in ("auto", "fp8"):
         return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else torch.float32
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[compute]
+
+
+def check_fp8(compute: Compute, fused: bool, device: torch.device) -> None:
+    """Refuse to train in FP8 where that cannot be.
+
+    Raises:
+        UserError: the device has no tensor cores for it, or the fused path, which alone computes in it, is off.
+    """
+    if compute != "fp8":
+        return
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"device {device}"
+        raise UserError(f"model.compute: fp8 needs a GPU of compute capability 8.9 or more, which {name} is not; set model.compute: bf16")
+    if not fused:
+        raise UserError("model.compute: fp8 needs the fused path, which model.fused: false turns off; set model.compute: bf16")
 
 
 def load_base_model(

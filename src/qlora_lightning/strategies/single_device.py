@@ -21,8 +21,12 @@ class QLoRAStrategy(SingleDeviceStrategy):
         paged_optimizer: Keep AdamW's state in unified memory, so that a spike pages it out to the host instead of ending the run.
             On a CPU this has no meaning and a plain AdamW is used.
         optimizer_bits: Bits of each of AdamW's two moments: 32, or 8 (block-wise quantised).
-        gradient_checkpointing: ``full`` keeps each block's input only and computes the block again in backward: least memory, about a
-            third more compute. ``none`` keeps all activations.
+        gradient_checkpointing: ``auto`` keeps as many activations as the memory budget allows and computes the rest again in backward.
+            ``full`` keeps each block's input only: least memory, about a third more compute. ``none`` keeps all activations.
+        memory_budget_gib: What the run may use in all, in GiB, at least 1; for ``auto`` only. By default what is free on the device when
+            the run starts, less a margin.
+        offload_inputs: Let the inputs that blocks keep wait in pinned host memory until backward: for long contexts. On a CPU this has no
+            meaning.
     """
 
     strategy_name = "qlora"
@@ -31,10 +35,12 @@ class QLoRAStrategy(SingleDeviceStrategy):
         self,
         paged_optimizer: bool = True,
         optimizer_bits: Literal[32, 8] = 32,
-        gradient_checkpointing: GradientCheckpointing = "full",
+        gradient_checkpointing: GradientCheckpointing = "auto",
+        memory_budget_gib: float | None = None,
+        offload_inputs: bool = False,
     ) -> None:
         super().__init__(checkpoint_io=AtomicCheckpointIO())
-        self.policy = MemoryPolicy(paged_optimizer, optimizer_bits, gradient_checkpointing)
+        self.policy = MemoryPolicy(paged_optimizer, optimizer_bits, gradient_checkpointing, memory_budget_gib, offload_inputs)
         self._parallel_devices: list[torch.device] | None = None
 
     @property
@@ -49,12 +55,6 @@ class QLoRAStrategy(SingleDeviceStrategy):
         self._parallel_devices = devices
         if devices:
             self._root_device = devices[0]
-
-    def optimizer_step(self, optimizer: Optimizer, *arguments: Any, **options: Any) -> Any:
-        """Update, then free the gradients at once: Lightning keeps them through the next forward (0.4 GiB of peak memory at 7B, r 64)."""
-        output = super().optimizer_step(optimizer, *arguments, **options)
-        optimizer.zero_grad()
-        return output
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The optimizer's state as plain tensors in host memory: paged ones carry attributes and an allocation that must not be pickled."""

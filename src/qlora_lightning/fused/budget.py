@@ -1,0 +1,123 @@
+"""Which rung each block stands on: all that a memory budget allows is kept, the rest computed again. From shapes, before a step runs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from qlora_lightning.errors import UserError
+from qlora_lightning.fused.block import MLP_TILE
+from qlora_lightning.fused.decoder import LOGITS_BYTES
+from qlora_lightning.fused.rungs import BlockShape, Rung
+
+GIB = 2**30
+MARGIN = 0.03
+"""Of the budget, left free: allocations are rounded up, and free memory lies in pieces."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What activations may take.
+
+    Attributes:
+        total: bytes that the run may use in all.
+        held: bytes of what is there before a step: weights, adapter, gradients, the optimizer's state, CUDA's context.
+        correction: measured over planned peak of the activations, of the first step.
+    """
+
+    total: int
+    held: int
+    correction: float = 1.0
+
+    @property
+    def free(self) -> int:
+        """Bytes for activations and what a pass works with."""
+        return int(self.total * (1 - MARGIN)) - self.held
+
+
+def working_bytes(block: BlockShape, tokens: int, rungs: Sequence[Rung], vocabulary: int) -> int:
+    """Bytes that a step needs for a moment, at its fullest, beside what blocks keep: in 16 bits.
+
+    Args:
+        block: sizes of a block.
+        tokens: of a microbatch.
+        rungs: on which the blocks stand.
+        vocabulary: rows of the head.
+    """
+    qkv = block.query + block.key_value
+    tile = min(tokens, MLP_TILE)
+    weights_first = block.hidden * (qkv + block.query)
+    weights_second = 3 * block.hidden * block.intermediate
+    made_again = 0 if max(rungs) <= Rung.NO_MLP else tokens * (qkv + (2 * block.query if max(rungs) == Rung.INPUT else 0))
+    dx = tokens * block.hidden
+    first = made_again + tokens * (qkv + 2 * block.query + block.hidden) + weights_first
+    second = made_again + tile * (3 * block.intermediate + 2 * block.hidden) + weights_second
+    head = min(LOGITS_BYTES // 2, tokens * vocabulary) + 3 * tokens * block.hidden
+    return 2 * (dx + max(first, second, head))
+
+
+def kept_bytes(block: BlockShape, tokens: int, rungs: Sequence[Rung]) -> int:
+    """Bytes that all blocks keep."""
+    return tokens * sum(block.kept_bytes(rung) for rung in rungs)
+
+
+def planned_bytes(block: BlockShape, tokens: int, rungs: Sequence[Rung], vocabulary: int) -> int:
+    """The step's peak, beyond what is there before it."""
+    return kept_bytes(block, tokens, rungs) + working_bytes(block, tokens, rungs, vocabulary)
+
+
+def plan_rungs(block: BlockShape, layers: int, tokens: int, length: int, vocabulary: int, budget: Budget) -> list[Rung]:
+    """What each block keeps, so that backward repeats as little as the budget allows.
+
+    Blocks are equal, so only how many stand on each rung matters: all mixtures of two rungs are tried, and the one that fits with
+    fewest repeated operations is taken. The first blocks keep least, since what they keep is held longest.
+
+    Args:
+        block: sizes of a block.
+        layers: number of blocks.
+        tokens: of a microbatch.
+        length: of its sequences.
+        vocabulary: rows of the head.
+        budget: what they may take.
+
+    Raises:
+        UserError: the microbatch does not fit even where each block keeps its input alone.
+    """
+    best: tuple[float, list[Rung]] | None = None
+    for more in Rung:
+        for less in Rung:
+            if less < more:
+                continue
+            count = _most_on(more, less, block, layers, tokens, vocabulary, budget)
+            if count is None:
+                continue
+            rungs = [less] * (layers - count) + [more] * count
+            repeated = sum(block.recomputed_flops(rung, length) for rung in rungs)
+            if best is None or repeated < best[0]:
+                best = repeated, rungs
+    if best is None:
+        least = [Rung.INPUT] * layers
+        needed = (budget.held + planned_bytes(block, tokens, least, vocabulary) * budget.correction) / (1 - MARGIN) / GIB
+        raise UserError(
+            f"a microbatch of {tokens:,} tokens needs {needed:.1f} GiB in all, and {budget.total / GIB:.1f} GiB may be used; raise "
+            "trainer.accumulate_grad_batches (fewer rows at a time), lower data.dataset.max_length, or raise memory_budget_gib"
+        )
+    return best[1]
+
+
+def _most_on(more: Rung, less: Rung, block: BlockShape, layers: int, tokens: int, vocabulary: int, budget: Budget) -> int | None:
+    """How many blocks may stand on ``more`` with the others on ``less``; None where not even the smallest number fits."""
+    for count in range(layers, -1, -1):
+        rungs = [less] * (layers - count) + [more] * count
+        if planned_bytes(block, tokens, rungs, vocabulary) * budget.correction <= budget.free:
+            return count
+    return None
+
+
+def describe_rungs(rungs: Sequence[Rung]) -> str:
+    """For the log: how many blocks keep what."""
+    names = {
+        Rung.ALL: "keep everything",
+        Rung.NO_MLP: "compute gate and up again",
+        Rung.ATTENTION: "keep their inputs and attention's result",
+        Rung.INPUT: "keep their input alone",
+    }
+    return ", ".join(f"{rungs.count(rung)} {names[rung]}" for rung in Rung if rung in rungs)

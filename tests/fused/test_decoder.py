@@ -1,0 +1,105 @@
+"""The fused path against transformers and PEFT: the same 4-bit weights, the same adapter, the same loss and gradients."""
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, SIZES, cosine, fused, make, packed, rows, unfused
+from torch import Tensor
+from transformers import LlamaConfig
+
+from qlora_lightning.fused import block
+from qlora_lightning.fused.family import NotFused, fuse
+from qlora_lightning.fused.rungs import Rung
+from qlora_lightning.kernels import reference
+from qlora_lightning.kernels.dropout import Dropout, dropped
+from qlora_lightning.modeling.flat import FlatAdapter
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradients_equal_transformers_and_peft(family: str, tmp_path: Any) -> None:
+    model = make(FAMILIES[family], tmp_path)
+    flat = FlatAdapter(model)
+    decoder = fuse(model, flat, reference, torch.float32, 256)
+    batch = rows([40, 21, 33], 40)
+    expected_loss, expected = unfused(model, flat, batch)
+    loss, gradient = fused(decoder, flat, batch, [Rung.ALL] * 3)
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+    assert cosine(gradient, expected) > 0.999999
+
+
+@pytest.mark.parametrize("family", ["mistral with a window", "qwen3 with norms of heads"])
+def test_packed_sequences_equal_rows_of_their_own(family: str, tmp_path: Any) -> None:
+    model = make(FAMILIES[family], tmp_path)
+    flat = FlatAdapter(model)
+    decoder = fuse(model, flat, reference, torch.float32, 256)
+    batch = packed([40, 21, 33])
+    loss, gradient = fused(decoder, flat, batch, [Rung.ALL] * 3)
+    alone = [unfused(model, flat, {**one, "position_ids": None}) for one in _apart(batch)]
+    torch.testing.assert_close(loss, sum(one[0] for one in alone), rtol=1e-5, atol=1e-5)
+    assert cosine(gradient, sum((one[1] for one in alone), torch.zeros(()))) > 0.999999
+
+
+def _apart(batch: dict[str, Any]) -> list[dict[str, Any]]:
+    borders = batch["cu_seqlens"].tolist()
+    return [{name: batch[name][:, first:last] for name in ("input_ids", "labels")} for first, last in pairwise(borders)]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize(
+    "rungs", [[Rung.NO_MLP] * 3, [Rung.ATTENTION] * 3, [Rung.INPUT] * 3, [Rung.INPUT, Rung.ATTENTION, Rung.ALL]], ids=str
+)
+def test_every_rung_gives_the_same_bits(rungs: list[Rung], dropout: float, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block, "MLP_TILE", 50)  # 120 tokens: two tiles and a shorter one
+    model = make(FAMILIES["qwen3 with norms of heads"], tmp_path, dropout)
+    flat = FlatAdapter(model)
+    decoder = fuse(model, flat, reference, torch.float32, 256)
+    batch = rows([40, 21, 33], 40)
+    kept = fused(decoder, flat, batch, [Rung.ALL] * 3, seed=7)
+    again = fused(decoder, flat, batch, rungs, seed=7)
+    assert torch.equal(kept[0], again[0])
+    assert torch.equal(kept[1], again[1])
+
+
+def test_dropout_is_pefts_with_other_random_bits(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the fused path's masks in the place of nn.Dropout's, PEFT computes the same: one mask a module, its own each."""
+    monkeypatch.setattr(block, "MLP_TILE", 50)
+    model = make(FAMILIES["llama with grouped queries"], tmp_path, dropout=0.25)
+    flat = FlatAdapter(model)
+    decoder = fuse(model, flat, reference, torch.float32, 256)
+    batch = rows([64, 21, 33], 64)  # a length that the fused path does not round up: masks go by a token's number
+    loss, gradient = fused(decoder, flat, batch, [Rung.ALL] * 3, seed=7)
+    places = {
+        "q_proj": (0, 0),
+        "k_proj": (0, 1),
+        "v_proj": (0, 2),
+        "o_proj": (2, 0),
+        "gate_proj": (4, 0),
+        "up_proj": (4, 1),
+        "down_proj": (6, 0),
+    }
+    for name, module in model.named_modules():
+        if name.endswith("lora_dropout.default"):
+            layer, linear = int(name.split("layers.")[1].split(".")[0]), name.split(".")[-3]
+            stream, number = places[linear]
+            masks = Dropout(0.25, torch.tensor([7]), layer * 8 + stream)
+            monkeypatch.setattr(module, "forward", _masked(masks, number))
+    expected_loss, expected = unfused(model, flat, batch)
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=1e-5)
+    assert cosine(gradient, expected) > 0.999999
+    other = fused(decoder, flat, batch, [Rung.ALL] * 3, seed=8)
+    assert not torch.equal(other[1], gradient)
+
+
+def _masked(masks: Dropout, number: int) -> Callable[[Tensor], Tensor]:
+    return lambda x: dropped(x.flatten(0, 1), masks, number).view_as(x)
+
+
+def test_what_is_not_known_says_so(tmp_path: Any) -> None:
+    config = LlamaConfig(**{**SIZES, "hidden_act": "gelu"})
+    model = make(config, tmp_path)
+    with pytest.raises(NotFused, match="its activation is gelu, not silu"):
+        fuse(model, FlatAdapter(model), reference, torch.float32, 256)
