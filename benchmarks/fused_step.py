@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from qlora_lightning.fused import block
 from qlora_lightning.fused.block import Block
 from qlora_lightning.fused.decoder import Decoder
 from qlora_lightning.fused.linear import LinearGroup, Values
@@ -58,8 +59,13 @@ def sizes(model: Model) -> dict[str, tuple[int, int]]:
     """(O, I) of every linear layer of a block."""
     d, f, kv = model.hidden, model.intermediate, model.hidden // model.heads * model.kv_heads
     return {
-        **{"q_proj": (d, d), "k_proj": (kv, d), "v_proj": (kv, d), "o_proj": (d, d)},
-        **{"gate_proj": (f, d), "up_proj": (f, d), "down_proj": (d, f)},
+        "q_proj": (d, d),
+        "k_proj": (kv, d),
+        "v_proj": (kv, d),
+        "o_proj": (d, d),
+        "gate_proj": (f, d),
+        "up_proj": (f, d),
+        "down_proj": (d, f),
     }
 
 
@@ -100,7 +106,7 @@ class Adapter(nn.Module):
             self.layers.append(layer)
 
 
-def make_decoder(model: Model, rank: int) -> tuple[Decoder, FlatAdapter]:
+def make_decoder(model: Model, rank: int, positions: int) -> tuple[Decoder, FlatAdapter]:
     """A decoder with random weights."""
     adapter = Adapter(model, rank)
     flat = FlatAdapter(adapter)
@@ -126,7 +132,7 @@ def make_decoder(model: Model, rank: int) -> tuple[Decoder, FlatAdapter]:
         ]
         ones = torch.ones(model.hidden, device=DEVICE)
         blocks.append(Block(*groups, ones, ones, 1e-5, Heads(model.heads, model.kv_heads, head_size), None, None, head_size**-0.5))
-    angles = torch.arange(131072, device=DEVICE)[:, None] / 10000 ** (torch.arange(0, head_size, 2, device=DEVICE) / head_size)
+    angles = torch.arange(positions, device=DEVICE)[:, None] / 10000 ** (torch.arange(0, head_size, 2, device=DEVICE) / head_size)
     embedding, head = (torch.randn(model.vocabulary, model.hidden, device=DEVICE, dtype=torch.bfloat16) * 0.02 for _ in range(2))
     return Decoder(triton_ops, embedding, head, blocks, ones, 1e-5, angles.cos(), angles.sin(), "random"), flat
 
@@ -241,11 +247,14 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=32, help="of the optimizer's state")
     parser.add_argument("--budget", type=float, help="GiB in all, for auto")
     parser.add_argument("--offload", action="store_true")
+    parser.add_argument("--positions", type=int, default=4096, help="rows of RoPE's table")
+    parser.add_argument("--tile", type=int, help="tokens of a tile of the MLP")
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     parser.add_argument("--table", action="store_true", help="where the time goes")
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    decoder, flat = make_decoder(MODELS[arguments.model], arguments.rank)
+    block.MLP_TILE = arguments.tile or block.MLP_TILE
+    decoder, flat = make_decoder(MODELS[arguments.model], arguments.rank, arguments.positions)
     print(f"{arguments.model}: {torch.cuda.memory_allocated() / GIB:.2f} GiB of weights, adapter and gradients", flush=True)
     for point in arguments.point:
         try:

@@ -180,6 +180,8 @@ def _nearest(command: str) -> str:
 def _quieten() -> None:
     """Turn off what libraries say at every start and no user can act on."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # free memory in one piece: 8.4 GiB reserved instead of 9.8 at 7B, 16 x 512
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     for name in ("lightning.pytorch", "lightning.fabric", "bitsandbytes", "torchao"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for message in (
@@ -188,6 +190,7 @@ def _quieten() -> None:
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*gradient_checkpointing.* is deprecated.*",
         ".*treespec.*",
+        ".*cannot be converted to a JitArgument.*",
         ".*Total length of `list` across ranks is zero.*",
         ".*Trying to infer the `batch_size`.*",
         ".*modules in eval mode.*",

@@ -57,6 +57,8 @@ class QLoRAModule(LightningModule):
             that have it: products with frozen weights in e4m3, which is not the paper's arithmetic, and bf16 elsewhere.
         fused: Train through hand-written blocks and CUDA graphs where the device and the model's family allow it; false uses
             transformers' own. Adapters and checkpoints are the same.
+        reproducible: Equal bits from run to run, as a resumed run needs. False lets the fused path take cuDNN's attention, which is
+            faster where FlashAttention 4 is not installed.
     """
 
     model: PeftModel
@@ -74,6 +76,7 @@ class QLoRAModule(LightningModule):
         optimizer: OptimizerSpec = OptimizerSpec(),  # noqa: B008
         compute: Compute = "auto",
         fused: bool = True,
+        reproducible: bool = True,
     ) -> None:
         super().__init__()
         self.base_model = base_model
@@ -83,6 +86,7 @@ class QLoRAModule(LightningModule):
         self.optimizer = optimizer
         self.compute = compute
         self.fused = fused
+        self.reproducible = reproducible
         self.initial_adapter: Path | None = None
         """Adapter folder whose weights replace the fresh ones, set before the Trainer runs."""
         self.generation = GenerationSpec()
@@ -130,7 +134,8 @@ class QLoRAModule(LightningModule):
         """Choose the path of training steps; refuse a model that would mix the sequences of a packed row."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         if self.fused:
-            self._runner = fused_runner(self.model, self.flat, self.policy, device, self._compute_dtype, self.compute == "fp8")
+            fp8 = self.compute == "fp8"
+            self._runner = fused_runner(self.model, self.flat, self.policy, device, self._compute_dtype, fp8, self.reproducible)
         if self._runner is None:
             apply_gradient_checkpointing(self.model, self.policy.gradient_checkpointing)
             if data.packing:  # before an earlier run is given up for this one

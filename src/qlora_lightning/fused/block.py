@@ -17,8 +17,9 @@ from qlora_lightning.fused.rungs import BlockShape, Rung
 from qlora_lightning.kernels.attention import Attended, Backend, Layout, attend, attend_backward
 from qlora_lightning.kernels.heads import HeadNorms, Heads
 
-MLP_TILE = 4096
-"""Tokens of which gate and up are held at once where a block does not keep them: 172 MiB at 7B."""
+MLP_TILE = 2048
+"""Tokens of which gate and up are held at once where a block does not keep them, 86 MiB at 7B. Products of so many rows are as fast as of
+all (benchmarks/2026-11-23-fused-step-h200.md)."""
 
 
 @dataclass(frozen=True)

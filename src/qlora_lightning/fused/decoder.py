@@ -78,6 +78,7 @@ class Decoder:
         sin: likewise.
         name: of the family, for the log.
         linear: how products with frozen weights are computed.
+        reproducible: two runs are equal bit for bit.
     """
 
     kernels: ModuleType
@@ -90,6 +91,7 @@ class Decoder:
     sin: Tensor
     name: str
     linear: type[Linear] = Linear
+    reproducible: bool = True
 
     @property
     def heads(self) -> Heads:
@@ -99,7 +101,7 @@ class Decoder:
     def backend(self, layout: Layout) -> Backend:
         """What attention is computed with."""
         windows = [block.window for block in self.blocks if block.window is not None]
-        return choose_backend(self.embedding.device, layout, self.heads, min(windows, default=None))
+        return choose_backend(self.embedding.device, layout, self.heads, min(windows, default=None), self.reproducible)
 
     def forward(self, tokens: Tokens, rungs: Sequence[Rung], host: HostInputs | None = None) -> Forward:
         """Losses of the scored positions, and what ``backward`` needs.

@@ -20,7 +20,7 @@ from qlora_lightning.fused.budget import GIB, Budget, describe_rungs, plan_rungs
 from qlora_lightning.fused.decoder import Decoder, Forward, Tokens
 from qlora_lightning.fused.family import NotFused, fuse
 from qlora_lightning.fused.fp8 import in_fp8
-from qlora_lightning.fused.microbatch import Shape, empty_tokens, fill, shape_of
+from qlora_lightning.fused.microbatch import PACKED_STEP, Shape, empty_tokens, fill, shape_of
 from qlora_lightning.fused.offload import HostInputs
 from qlora_lightning.fused.rungs import Rung
 from qlora_lightning.kernels.attention import describe
@@ -29,7 +29,7 @@ from qlora_lightning.modeling.loading import FP8_SAID
 from qlora_lightning.modeling.positions import positions_of
 from qlora_lightning.strategies.policy import MemoryPolicy
 
-UNKNOWN_POSITIONS = 4096
+LEAST_POSITIONS = 4096
 """Rows of RoPE's table at least: padding counts positions too, and some models do not say how many they have."""
 GRAPHS = 48
 """Shapes that get graphs at most; each takes some MiB of launch parameters."""
@@ -93,6 +93,10 @@ class Runner:
         """The sum, and the backward that belongs to it, which must come before the next forward."""
         began = time.perf_counter()
         shape = shape_of(batch)
+        if (length := shape.longest or shape.length) > len(self.decoder.cos):
+            raise UserError(
+                f"a row of {length:,} tokens is longer than the base model's positions; set data.dataset.max_length to what it can take"
+            )
         if shape not in self._places:
             self._places[shape] = Place(empty_tokens(shape, self.device), self._plan(shape))
         place = self._places[shape]
@@ -219,7 +223,13 @@ class _Loss(torch.autograd.Function):
 
 
 def fused_runner(
-    model: PeftModel, flat: FlatAdapter, policy: MemoryPolicy, device: torch.device, dtype: torch.dtype, fp8: bool = False
+    model: PeftModel,
+    flat: FlatAdapter,
+    policy: MemoryPolicy,
+    device: torch.device,
+    dtype: torch.dtype,
+    fp8: bool = False,
+    reproducible: bool = True,
 ) -> Runner | None:
     """The fused path of a run, or None where the device or the model needs transformers' own; both are said.
 
@@ -230,6 +240,7 @@ def fused_runner(
         device: where the run trains.
         dtype: of the products.
         fp8: compute those with frozen weights in e4m3.
+        reproducible: two runs must be equal bit for bit.
 
     Raises:
         UserError: ``fp8`` is wanted of a model that the fused path does not know.
@@ -242,9 +253,9 @@ def fused_runner(
     from qlora_lightning.kernels import triton_ops  # Triton is part of torch's builds for CUDA only
 
     base: Any = model.get_base_model()
-    longest = max(positions_of(base.config) or UNKNOWN_POSITIONS, UNKNOWN_POSITIONS)
+    longest = max(positions_of(base.config) or 0, LEAST_POSITIONS) + PACKED_STEP
     try:
-        decoder = fuse(model, flat, triton_ops, dtype, longest)
+        decoder = replace(fuse(model, flat, triton_ops, dtype, longest), reproducible=reproducible)
         if fp8:
             decoder = in_fp8(decoder)
     except NotFused as reason:

@@ -1,18 +1,19 @@
 """Causal attention forward and backward by hand on a stacked q, k, v, by the fastest means at hand.
 
 What is fastest depends on the device and on how the tokens lie (milliseconds of forward + backward of a 7B layer of 8,192 tokens on an
-H200, head size 128, rows of 2,048 and of 512 tokens):
+H200, head size 128, rows of 2,048 and of 512 tokens: benchmarks/2026-11-23-kernels-h200.md):
 
 ========  ============================================  ===========  ===========
 backend   what it is                                    rows 2,048   rows 512
 ========  ============================================  ===========  ===========
-cudnn     cuDNN's fused attention, dense rows           0.26 + 0.83  0.10 + 0.40
-fa4       FlashAttention 4 (extra package), any rows    0.28 + 0.77  0.14 + 0.37
-flash     torch's FlashAttention 2, dense rows          0.48 + 1.57  0.19 + 0.73
-varlen    the same on packed rows                       0.50 + 1.43  0.24 + 0.57
+fa4       FlashAttention 4 (extra package), any rows    0.35 + 0.90  0.23 + 0.52
+cudnn     cuDNN's fused attention, dense rows           0.31 + 0.90  0.15 + 0.46
+flash     torch's FlashAttention 2, dense rows          0.53 + 1.56  0.23 + 0.62
+varlen    the same on packed rows                       0.55 + 1.59  0.28 + 0.63
 ========  ============================================  ===========  ===========
 
-The backward of the Flash kernels can sum dq in a fixed order, and does here: two runs are equal bit for bit. cuDNN's is so for short rows.
+Both FlashAttentions can sum dq in a fixed order, and do here: their backward repeats to the bit. cuDNN's adds tiles of dq as they come, and
+torch has no switch for its ordered variant; so it is taken only where equal bits are not asked for.
 
 Shapes: N tokens, H query heads, G key/value heads, D their size; B rows of S tokens where they are not packed.
 """
@@ -31,15 +32,8 @@ from qlora_lightning.kernels.heads import Heads
 
 Backend = Literal["cudnn", "flash", "varlen", "fa4", "reference"]
 
-CUDNN_LONGEST = 512
-"""Tokens up to which cuDNN's backward repeats itself; with longer rows it adds up dq in the order in which blocks finish, and 4 to 23 of
-23 runs on an H200 differed from a first one, 0 of 46 up to here (benchmarks/2026-11-23-kernels-h200.md)."""
-TRIALS = 8
-"""Backwards that must be equal to a first one."""
-TRIED_ROWS = 2
-
 _DESCRIPTIONS: dict[Backend, str] = {
-    "cudnn": "cuDNN on dense rows (tried: its backward repeats to the bit)",
+    "cudnn": "cuDNN on dense rows (the last bits of gradients differ between runs)",
     "flash": "torch's FlashAttention 2 on dense rows",
     "varlen": "torch's FlashAttention 2 on packed rows",
     "fa4": "FlashAttention 4, on dense or packed rows",
@@ -77,14 +71,15 @@ class Attended(NamedTuple):
     """State of a dropout that is not used, which the backends want back all the same."""
 
 
-def choose_backend(device: torch.device, layout: Layout, heads: Heads, window: int | None) -> Backend:
-    """The fastest backend that can do it and whose results are equal bit for bit from run to run, as a resumed run's must be.
+def choose_backend(device: torch.device, layout: Layout, heads: Heads, window: int | None, reproducible: bool = True) -> Backend:
+    """The fastest backend that can do it.
 
     Args:
         device: of the tokens.
         layout: only its shape matters here.
         heads: H, G, D.
         window: keys that a query sees, itself included; None is all before it.
+        reproducible: two runs must be equal bit for bit, as a resumed run is to the one that was interrupted.
     """
     if device.type != "cuda" or heads.size % 8 or heads.size > 256:
         return "reference"
@@ -92,32 +87,12 @@ def choose_backend(device: torch.device, layout: Layout, heads: Heads, window: i
     if major < 8:
         return "reference"
     dense, small = layout.cu_seqlens is None, heads.size <= 128
-    # cuDNN is ahead of FlashAttention 2 on Hopper and on the Blackwell of servers; torch's call knows no window and no single token.
-    plain = dense and small and major in (9, 10) and 1 < layout.length <= CUDNN_LONGEST and _window(window, layout) is None
-    if plain and cudnn_repeats(heads, min(layout.rows, TRIED_ROWS), layout.length, device):
-        return "cudnn"
     if small and major in (9, 10) and fa4_installed():
         return "fa4"
+    # cuDNN is ahead of FlashAttention 2 on Hopper and on the Blackwell of servers; torch's call knows no window and no single token.
+    if dense and not reproducible and small and major in (9, 10) and layout.length > 1 and _window(window, layout) is None:
+        return "cudnn"
     return "flash" if dense else "varlen"
-
-
-@cache
-def cudnn_repeats(heads: Heads, rows: int, length: int, device: torch.device) -> bool:
-    """Whether cuDNN's backward gives the same bits again and again at this shape: tried, since cuDNN promises it for no version."""
-    layout, tokens = Layout(rows, length), rows * length
-    generator = torch.Generator(device).manual_seed(0)
-    qkv, dout = (
-        torch.randn(tokens, columns, generator=generator, device=device, dtype=torch.bfloat16)
-        for columns in (sum(heads.sizes), heads.sizes[0])
-    )
-    attended = attend(qkv, heads, layout, None, heads.size**-0.5, "cudnn")
-    first = attend_backward(dout, qkv, attended, heads, layout, None, heads.size**-0.5, "cudnn")
-    equal = torch.ones((), dtype=torch.bool, device=device)
-    for _ in range(TRIALS):
-        again = attend_backward(dout, qkv, attended, heads, layout, None, heads.size**-0.5, "cudnn")
-        for one, other in zip(first, again, strict=True):
-            equal &= (one == other).all()
-    return bool(equal)
 
 
 def describe(backend: Backend) -> str:

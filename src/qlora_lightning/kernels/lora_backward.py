@@ -19,9 +19,8 @@ from qlora_lightning.kernels.dropout import Dropout
 from qlora_lightning.kernels.dropout_bits import first_step, kept, random_words, stream_key
 from qlora_lightning.kernels.tiling import layer_groups, rank_block, splits, stages
 
-_FEATURES, _TOKENS = 64, 32
-"""A tile: 128 bytes of 32 rows. A program's 64 columns read dXA anew, from L2: 2 R bytes for 6 * 64 of x, dX and its result."""
-_STAGES = 3
+_FEATURES = 64
+"""Columns of a tile. A program of so many reads dXA anew, from L2: 2 R bytes for 6 * 64 of x, dX and its result."""
 _ACCUMULATED = 384
 """Rows of A's gradient that 256 threads can hold: 96 registers of each."""
 _PLAIN, _NORMED, _SWIGLU = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -72,8 +71,8 @@ def _launch(
     tokens, (ranks, features) = len(x), a_RI.shape
     for first, layers in layer_groups(ranks // rank, rank, _ACCUMULATED):
         columns = layers * rank_block(rank)
-        wide, deep, warps, resident = _tile(columns, source)
-        blocks, steps = triton.cdiv(features, wide), triton.cdiv(tokens, deep)
+        deep, warps, ahead, resident = _tile(columns, layers, source, masked=dropout is not None)
+        blocks, steps = triton.cdiv(features, _FEATURES), triton.cdiv(tokens, deep)
         parts = splits(blocks, steps, resident, x.device)
         partial_SRI = torch.empty(parts, layers * rank, features, dtype=torch.float32, device=x.device)
         _backward[(blocks, parts)](
@@ -99,10 +98,10 @@ def _launch(
             THRESHOLD=0 if dropout is None else dropout.threshold,
             SOURCE=source,
             STORE=store,
-            FEATURES=wide,
+            FEATURES=_FEATURES,
             TOKENS=deep,
             num_warps=warps,
-            num_stages=stages(_STAGES, 2 * deep * columns, 2 * wide * (columns + 2 * deep), x.device),
+            num_stages=stages(ahead, 2 * deep * columns, 2 * _FEATURES * (columns + 2 * deep), x.device),
         )
         entries = layers * rank * features
         _add_parts[(triton.cdiv(entries, 1024),)](
@@ -116,11 +115,19 @@ def _launch(
         )
 
 
-def _tile(columns: int, source: int) -> tuple[int, int, int, int]:
-    """Features and tokens of a tile, warps, and programs that a multiprocessor runs at a time."""
-    # Two programs of 128 threads fill a multiprocessor's registers, one computing while the other waits for memory.
-    small = columns <= _ACCUMULATED // 2
-    return _FEATURES, _TOKENS, 4 if small else 8, 2 if small else 1
+def _tile(columns: int, layers: int, source: int, masked: bool) -> tuple[int, int, int, int]:
+    """Tokens of a tile, warps, stages, and programs that a multiprocessor is meant to run at a time.
+
+    The fastest of 15 on an H200 at LLaMA-7B's shapes and rank 64 (benchmarks/2026-11-23-kernels-h200.md): two stages leave registers and
+    shared memory for one more program than three, and 64 tokens halve the loop's overhead where no mask is hashed.
+    """
+    if columns > _ACCUMULATED // 2:
+        return 32, 8, 3, 1
+    if source == _SWIGLU.value:
+        return (32, 4, 2, 3) if masked else (64, 4, 2, 2)
+    if layers == 1 or (masked and layers == 3):
+        return 32, 4, 2, 4
+    return 64, 4, 2, 2
 
 
 @triton.jit
