@@ -4,7 +4,8 @@
 
 A decoder of the given shape is made on the device from random 4-bit codes (speed depends on shapes alone, and nothing has to be read
 from a disk), trained through `fused.runner.Runner` and the paged 32-bit AdamW, as `fit` does, with every token supervised. A point is
-ROWSxLENGTH:none|full|auto[:dropout]. Medians of the steps after the warm-up; peak memory of the whole point, capture of graphs included.
+ROWSxLENGTH:none|full|auto[:dropout]. Medians of the steps after the warm-up; peak memory of the whole point, capture of graphs included;
+all that is taken of the device at its end (CUDA's context and paged state with it).
 """
 
 import argparse
@@ -12,7 +13,7 @@ import gc
 import statistics
 import time
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -139,8 +140,6 @@ def make_decoder(model: Model, rank: int, positions: int) -> tuple[Decoder, Flat
 
 def with_dropout(decoder: Decoder, p: float) -> Decoder:
     """The same weights with another dropout."""
-    from dataclasses import replace
-
     groups = ("qkv", "out", "gate_up", "down")
     return replace(decoder, blocks=[replace(b, **{name: replace(getattr(b, name), dropout=p) for name in groups}) for b in decoder.blocks])
 
@@ -182,11 +181,14 @@ def measure(decoder: Decoder, flat: FlatAdapter, point: str, arguments: argparse
         times.append(time.perf_counter() - began)
         if number == 0:
             first = times[0]
+    free, total = torch.cuda.mem_get_info()
+    taken = total - free
     seconds = statistics.median(times[arguments.warmup :])
     print(
         f"POINT {arguments.model} {point:>22} {rows * length / seconds:8,.0f} tok/s {seconds * 1e3:8.1f} ms "
         f"[{min(times[arguments.warmup :]) * 1e3:.1f}, {max(times[arguments.warmup :]) * 1e3:.1f}] "
-        f"allocated {torch.cuda.max_memory_allocated() / GIB:6.2f} reserved {torch.cuda.max_memory_reserved() / GIB:6.2f} GiB "
+        f"allocated {torch.cuda.max_memory_allocated() / GIB:6.2f} reserved {torch.cuda.max_memory_reserved() / GIB:6.2f} "
+        f"device {taken / GIB:6.2f} GiB "
         f"first {first:.1f} s loss {float(losses[0]):.4f} -> {float(losses[-1]):.4f}",
         flush=True,
     )
@@ -246,15 +248,20 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=4)
     parser.add_argument("--bits", type=int, default=32, help="of the optimizer's state")
     parser.add_argument("--budget", type=float, help="GiB in all, for auto")
-    parser.add_argument("--offload", action="store_true")
+    parser.add_argument("--offload", action="store_true", help="kept inputs wait in host memory")
+    parser.add_argument("--cap", type=float, help="most that torch's allocator may reserve, GiB")
+    parser.add_argument("--any-order", action="store_true", help="attention whose last bits differ between runs (cuDNN)")
     parser.add_argument("--positions", type=int, default=4096, help="rows of RoPE's table")
     parser.add_argument("--tile", type=int, help="tokens of a tile of the MLP")
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     parser.add_argument("--table", action="store_true", help="where the time goes")
     arguments = parser.parse_args()
     torch.manual_seed(0)
+    if arguments.cap is not None:
+        torch.cuda.set_per_process_memory_fraction(arguments.cap * GIB / torch.cuda.get_device_properties(0).total_memory)
     block.MLP_TILE = arguments.tile or block.MLP_TILE
     decoder, flat = make_decoder(MODELS[arguments.model], arguments.rank, arguments.positions)
+    decoder = replace(decoder, reproducible=not arguments.any_order)
     print(f"{arguments.model}: {torch.cuda.memory_allocated() / GIB:.2f} GiB of weights, adapter and gradients", flush=True)
     for point in arguments.point:
         try:

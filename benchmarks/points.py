@@ -179,6 +179,14 @@ class SharedBase:
                 module._forward_hooks.clear()
 
 
+def forget_modules() -> None:
+    """Empty the modules of earlier fits: the command line's parser remembers the last one, with its adapter and its graphs."""
+    from qlora_lightning.module import QLoRAModule
+
+    for module in [one for one in gc.get_objects() if type(one) is QLoRAModule]:
+        vars(module).clear()
+
+
 class Steps:
     """When the steps of a fit ended, and the memory taken after the last one."""
 
@@ -239,6 +247,7 @@ def run_point(base: SharedBase, steps: Steps, name: str, point: Point, arguments
     rows, log = arguments.folder / f"rows-{point.rows}x{point.length}.jsonl", arguments.folder / f"{name.replace(':', '-')}.log"
     write_rows(rows, point.rows * count, point.length)
     base.release()
+    forget_modules()
     reset_memory()
     steps.ends, steps.memory = [], []
     began = time.perf_counter()

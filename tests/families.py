@@ -43,8 +43,10 @@ FAMILIES: dict[str, PreTrainedConfig] = {
 }
 
 
-def make(config: PreTrainedConfig, folder: Any, dropout: float = 0.0) -> PeftModel:
-    """A random model of the family in NF4 with double quantisation, fp32 elsewhere, and an adapter whose B is not zero."""
+def make(
+    config: PreTrainedConfig, folder: Any, dropout: float = 0.0, lora: dict[str, Any] | None = None, quant_type: str = "nf4-dq"
+) -> PeftModel:
+    """A random model of the family in 4 bits, fp32 elsewhere, and an adapter whose B is not zero; ``lora`` as for PEFT's LoraConfig."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for name, parameter in model.named_parameters():
@@ -52,14 +54,18 @@ def make(config: PreTrainedConfig, folder: Any, dropout: float = 0.0) -> PeftMod
             nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, 0.2)
     model.save_pretrained(folder)
     quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quant_type.removesuffix("-dq"),
+        bnb_4bit_use_double_quant=quant_type.endswith("-dq"),
+        bnb_4bit_compute_dtype=torch.float32,
     )
     base = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization, dtype=torch.float32, device_map={"": "cpu"})
     base.requires_grad_(False)
     for module in base.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    peft = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"))
+    options = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"} | (lora or {})
+    peft = get_peft_model(base, LoraConfig(**options, lora_dropout=dropout, task_type="CAUSAL_LM"))
     for name, parameter in peft.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, 0.0, 0.05)
@@ -76,7 +82,13 @@ def rows(lengths: list[int], width: int, seed: int = 1) -> dict[str, Any]:
         labels[row, : length // 3] = -100
         labels[row, length:] = -100
     targets = labels[:, 1:] != -100
-    return {"input_ids": ids, "labels": labels, "scored": F.pad(targets, (0, 1)).flatten().nonzero().flatten()}
+    return {
+        "input_ids": ids,
+        "labels": labels,
+        "scored": F.pad(targets, (0, 1)).flatten().nonzero().flatten(),
+        "row_lengths": lengths,
+        "row_starts": torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32),
+    }
 
 
 def packed(lengths: list[int], seed: int = 1) -> dict[str, Any]:

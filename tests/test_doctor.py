@@ -12,6 +12,7 @@ import torch
 
 from qlora_lightning import doctor as doctor_module
 from qlora_lightning.doctor import advise, doctor, examine
+from qlora_lightning.kernels import attention
 from qlora_lightning.modeling import loading
 from qlora_lightning.modeling.loading import check_bitsandbytes
 
@@ -28,6 +29,13 @@ GPU: dict[str, Any] = {
     },
     "host": {"cpu_cores": 16, "memory_free_gib": 100.0, "memory_total_gib": 128.0},
     "bitsandbytes": {"works": True, "device": "cuda", "error": None},
+    "fused_path": {
+        "works": True,
+        "reason": None,
+        "attention": "FlashAttention 4, on dense or packed rows",
+        "flash_attention_4": True,
+        "fp8": True,
+    },
     "disk": {"working_folder": {"path": "/here", "free_gib": 500.0}, "hugging_face_cache": {"path": "/cache", "free_gib": 500.0}},
     "network": {"online": True, "reason": "the hub answers"},
     "wandb": {"logged_in": True, "mode": "online", "reason": "key found"},
@@ -55,6 +63,8 @@ def test_a_good_machine_needs_no_advice() -> None:
         ("versions.peft", None, "peft is not installed"),
         ("bitsandbytes", {"works": False, "device": "cuda", "error": "no kernel"}, "bitsandbytes does not work on cuda (no kernel)"),
         ("device.bf16", False, "set model.compute: fp32"),
+        ("fused_path.reason", "Triton is not installed", "pip install triton, or set model.fused: false"),
+        ("fused_path.flash_attention_4", False, "pip install 'qlora-lightning[fa4]'"),
         ("device.memory_free_gib", 30.0, "other processes hold 50.0 GiB"),
         ("device.memory_free_gib", 4.0, "too little for a 7B model"),
         ("disk.working_folder.free_gib", 1.0, "1.0 GiB of disk free at /here"),
@@ -69,11 +79,13 @@ def test_advice_for_one_planted_fact(path: str, value: Any, expected: str) -> No
 
 
 def test_advice_names_only_what_there_is() -> None:
-    """Neither a command nor kernels that do not exist yet."""
+    """Neither a command that does not exist yet, nor an attention that the GPU cannot run."""
     facts = planted("device.memory_free_gib", 4.0)
     facts["device"]["memory_total_gib"] = 4.0
     assert advise(facts) == ["4.0 GiB of memory free: too little for a 7B model; free some, or take a smaller base model"]
-    assert advise(planted("versions.triton", None)) == []
+    older = planted("fused_path.flash_attention_4", False)
+    older["device"]["compute_capability"] = "8.9"
+    assert advise(older) == []
 
 
 def test_a_missing_library_is_reported_not_raised(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +131,7 @@ def test_json_is_one_document_with_every_key(capsys: pytest.CaptureFixture[str],
     assert doctor(json=True) == 0
     facts = json.loads(capsys.readouterr().out)
     assert set(facts) == {*GPU, "advice", "can_train"}
-    for section in ("device", "host", "bitsandbytes", "disk", "network", "wandb"):
+    for section in ("device", "host", "bitsandbytes", "fused_path", "disk", "network", "wandb"):
         assert set(facts[section]) == set(GPU[section])
     assert {"python", "qlora-lightning", *GPU["versions"]} <= set(facts["versions"])
     assert facts["network"] == {"online": False, "reason": "HF_HUB_OFFLINE is set"}
@@ -130,7 +142,7 @@ def test_json_is_one_document_with_every_key(capsys: pytest.CaptureFixture[str],
 def test_table_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor() == 0
     out = capsys.readouterr().out
-    for text in (torch.__version__, "4-bit product", "training can run here"):
+    for text in (torch.__version__, "4-bit product", "fused path", "training can run here"):
         assert text in out
 
 
@@ -170,3 +182,32 @@ def test_a_gpu_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, name, lambda answer=answer: answer)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     assert doctor_module._gpu() == GPU["device"]
+
+
+@pytest.mark.parametrize(
+    "capability, triton, flash4, words",
+    [
+        ((9, 0), True, True, "yes; attention by FlashAttention 4, on dense or packed rows; FP8 too"),
+        ((9, 0), True, False, "yes; attention by torch's FlashAttention 2 on dense rows; FP8 too"),
+        ((8, 0), True, True, "yes; attention by torch's FlashAttention 2 on dense rows; FP8 not on this GPU"),
+        ((7, 5), True, True, "no: it needs compute capability 8.0 or more, not 7.5"),
+        ((9, 0), False, True, "no: Triton is not installed"),
+    ],
+)
+def test_the_fused_path_follows_from_gpu_and_packages(
+    capability: tuple[int, int], triton: bool, flash4: bool, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(doctor_module.importlib.util, "find_spec", lambda name: object() if triton else None)
+    for module in (doctor_module, attention):
+        monkeypatch.setattr(module, "fa4_installed", lambda: flash4)
+    major, minor = capability
+    facts = doctor_module._fused_path({**GPU["device"], "compute_capability": f"{major}.{minor}"})
+    assert doctor_module._fused_words(facts) == words
+    assert set(facts) == set(GPU["fused_path"])
+
+
+def test_a_cpu_has_no_fused_path() -> None:
+    facts = examine()
+    assert facts["fused_path"]["reason"] == "it needs a GPU; a CPU trains through transformers' blocks"
+    assert not any("Triton" in line or "FlashAttention" in line for line in facts["advice"])

@@ -1,6 +1,7 @@
 """What this machine can do: facts gathered without side effects, one real 4-bit product, and advice that follows from the facts alone."""
 
 import importlib.metadata
+import importlib.util
 import json as json_module
 import os
 import platform
@@ -16,6 +17,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from qlora_lightning import __version__
+from qlora_lightning.kernels.attention import Layout, choose_backend, describe, fa4_installed
+from qlora_lightning.kernels.heads import Heads
 from qlora_lightning.loggers import reachable, wandb_logged_in, wandb_mode
 from qlora_lightning.machine import usable_cores
 
@@ -50,6 +53,7 @@ def examine() -> Facts:
         "device": device,
         "host": {"cpu_cores": usable_cores(), **_host_memory()},
         "bitsandbytes": _bitsandbytes(device),
+        "fused_path": _fused_path(device),
         "disk": {"working_folder": _disk(Path.cwd()), "hugging_face_cache": _disk(Path(hub.HF_HUB_CACHE))},
         "network": _network(),
         "wandb": _wandb(),
@@ -158,6 +162,29 @@ def _bitsandbytes(device: Facts) -> Facts:
     return {"works": reason is None, "device": device["kind"], "error": reason}
 
 
+def _fused_path(device: Facts) -> Facts:
+    """Whether training can run through fused blocks on the device that ``_gpu`` or ``_cpu`` describes, and what it finds there."""
+    reason = _why_not_fused(device)
+    facts: Facts = {"works": reason is None, "reason": reason, "attention": None, "flash_attention_4": fa4_installed(), "fp8": False}
+    if reason is None:
+        heads_of_7b = Heads(32, 32, 128)
+        facts["attention"] = describe(choose_backend(torch.device("cuda"), Layout(1, 512), heads_of_7b, window=None))
+        facts["fp8"] = _capability(device) >= (8, 9)  # as modeling/loading.check_fp8, which needs transformers, has it
+    return facts
+
+
+def _why_not_fused(device: Facts) -> str | None:
+    if device["kind"] != "cuda":
+        return "it needs a GPU; a CPU trains through transformers' blocks"
+    if _capability(device) < (8, 0):
+        return f"it needs compute capability 8.0 or more, not {device['compute_capability']}"
+    return None if importlib.util.find_spec("triton") else "Triton is not installed"
+
+
+def _capability(device: Facts) -> tuple[int, ...]:
+    return tuple(map(int, device["compute_capability"].split(".")))
+
+
 def advise(facts: Facts) -> list[str]:
     """What will be slow or fail with these facts, and what to do: one line each."""
     return [*_advise_broken(facts), *_advise_device(facts), *_advise_room(facts), *_advise_network(facts)]
@@ -176,7 +203,7 @@ def _advise_broken(facts: Facts) -> list[str]:
 def _advise_device(facts: Facts) -> list[str]:
     device, versions = facts["device"], facts["versions"]
     if device["kind"] == "cuda":
-        return _advise_gpu(device)
+        return [*_advise_gpu(device), *_advise_fused(facts)]
     lines = ["no GPU: training runs on the CPU, which is enough for the quickstart and for models below about 1B parameters"]
     if versions["driver"]:
         build = f"CUDA {versions['cuda']}" if versions["cuda"] else "the CPU only"
@@ -196,6 +223,16 @@ def _advise_gpu(device: Facts) -> list[str]:
         taken_gib = device["memory_total_gib"] - device["memory_free_gib"]
         lines.append(f"other processes hold {taken_gib:.1f} GiB of the GPU's memory: `nvidia-smi` names them")
     return lines
+
+
+def _advise_fused(facts: Facts) -> list[str]:
+    fused = facts["fused_path"]
+    if fused["reason"] == "Triton is not installed":
+        return ["Triton is not installed, which the fused path needs: pip install triton, or set model.fused: false, which is slower"]
+    # as kernels/attention.choose_backend has it
+    if fused["works"] and not fused["flash_attention_4"] and _capability(facts["device"])[0] in (9, 10):
+        return ["FlashAttention 4 is not installed, the fastest attention on this GPU: pip install 'qlora-lightning[fa4]' (a pre-release)"]
+    return []
 
 
 def _advise_room(facts: Facts) -> list[str]:
@@ -243,8 +280,15 @@ def _rows(facts: Facts) -> list[tuple[str, str]]:
         ("device memory", f"{device['memory_free_gib']:.1f} of {device['memory_total_gib']:.1f} GiB free"),
         ("bf16", "yes" if device["bf16"] else "no"),
         ("4-bit product", f"correct on {facts['bitsandbytes']['device']}" if facts["bitsandbytes"]["works"] else "broken"),
+        ("fused path", _fused_words(facts["fused_path"])),
         ("host", f"{host['cpu_cores']} cores, {host['memory_free_gib']:.1f} of {host['memory_total_gib']:.1f} GiB free"),
         *((f"disk, {name.replace('_', ' ')}", f"{part['free_gib']:.1f} GiB free at {part['path']}") for name, part in disk.items()),
         ("network", facts["network"]["reason"]),
         ("W&B", f"{facts['wandb']['mode']} ({facts['wandb']['reason']})"),
     ]
+
+
+def _fused_words(fused: Facts) -> str:
+    if not fused["works"]:
+        return f"no: {fused['reason']}"
+    return f"yes; attention by {fused['attention']}; FP8 {'too' if fused['fp8'] else 'not on this GPU'}"

@@ -32,7 +32,7 @@ from qlora_lightning.modeling.ledger import ledger, ledger_table
 from qlora_lightning.modeling.loading import Compute, QuantizationSpec, check_fp8, compute_dtype, load_base_model
 from qlora_lightning.modeling.packed import check_packing
 from qlora_lightning.modeling.sources import stored_source
-from qlora_lightning.optim import OptimizerSpec, build_optimizer, build_schedule
+from qlora_lightning.optim import OptimizerSpec, build_optimizer, build_schedule, state_bytes
 from qlora_lightning.strategies.policy import MemoryPolicy
 
 COMPARED = {
@@ -110,9 +110,13 @@ class QLoRAModule(LightningModule):
 
     def configure_model(self) -> None:
         """Load the base in 4 bits onto the strategy's device, attach LoRA, and say what the result is made of."""
-        if hasattr(self, "model"):
-            return
         device = self.trainer.strategy.root_device
+        if not hasattr(self, "model"):
+            self._build(device)
+        if self.trainer.state.fn == "fit":
+            self._prepare_training(device)
+
+    def _build(self, device: torch.device) -> None:
         self._compute_dtype = compute_dtype(self.compute, device)
         if self.trainer.state.fn == "fit":
             check_fp8(self.compute, self.fused, device)
@@ -126,14 +130,12 @@ class QLoRAModule(LightningModule):
             load_adapter(model, self.initial_adapter, self.base_fingerprint)
         self.flat = FlatAdapter(model)
         self.model = model.train()
-        if self.trainer.state.fn == "fit":
-            self._prepare_training(device)
         console.print(ledger_table(ledger(self.model)))
 
     def _prepare_training(self, device: torch.device) -> None:
         """Choose the path of training steps; refuse a model that would mix the sequences of a packed row."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        if self.fused:
+        if self.fused and self._runner is None:
             fp8 = self.compute == "fp8"
             self._runner = fused_runner(self.model, self.flat, self.policy, device, self._compute_dtype, fp8, self.reproducible)
         if self._runner is None:
@@ -157,6 +159,11 @@ class QLoRAModule(LightningModule):
             device: where the model is, if this module has not been told yet.
         """
         return torch.autocast((device or self.device).type, self._compute_dtype, enabled=self._compute_dtype != torch.float32)
+
+    def on_train_start(self) -> None:
+        """A resumed optimizer's state is there already; the plan of memory must not count it twice."""
+        if self._runner:
+            self._runner.planner.count_state(*state_bytes(self.trainer.optimizers[0]))
 
     # ---- loss ----
 
@@ -221,10 +228,7 @@ class QLoRAModule(LightningModule):
         self.flat.zero_grad()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Zero the gradients in place, whatever ``set_to_none``: once dropped, they would no longer be part of the flat gradient.
-
-        Lightning calls this before each fit and evaluation.
-        """
+        """In place, whatever ``set_to_none``: gradients that Lightning drops, as before a fit, would no longer be part of the flat one."""
         self.flat.zero_grad()
 
     # ---- evaluation ----

@@ -37,6 +37,10 @@ class Batch(TypedDict):
     """Input tokens of this microbatch without padding."""
     num_supervised: int
     """Supervised targets of this microbatch."""
+    row_lengths: list[int]
+    """Tokens of each row without padding."""
+    row_starts: Tensor
+    """[B + 1] int32: where each row would begin if there were no padding, and the end."""
     position_ids: NotRequired[Tensor]
     """[B, T] int64, where some row holds several examples: from 0 in each example and in the padding; so a model tells them apart."""
     cu_seqlens: NotRequired[Tensor]
@@ -50,8 +54,6 @@ class HeldoutBatch(Batch):
 
     row_sets: list[int]
     """Of each row, the number of its set among those that have held-out rows."""
-    row_lengths: list[int]
-    """Tokens of each row without padding."""
     row_targets: list[int]
     """Supervised targets of each row."""
 
@@ -90,7 +92,8 @@ class Collator:
 
     def evaluation(self, examples: Sequence[TokenizedExample]) -> Batch:
         """A batch that stands for itself: its step is the batch."""
-        lengths = torch.tensor([len(example.input_ids) for example in examples])
+        row_lengths = [len(example.input_ids) for example in examples]
+        lengths = torch.tensor(row_lengths)
         labels = self._pad([example.labels for example in examples], IGNORED)
         targets = labels[:, 1:] != IGNORED
         count = int(targets.sum())
@@ -103,6 +106,8 @@ class Collator:
             tokens_in_step=count,
             num_tokens=int(lengths.sum()),
             num_supervised=count,
+            row_lengths=row_lengths,
+            row_starts=torch.tensor([0, *accumulate(row_lengths)], dtype=torch.int32),
         )
 
     def heldout(self, examples: Sequence[HeldoutExample]) -> HeldoutBatch:
@@ -111,7 +116,6 @@ class Collator:
         return HeldoutBatch(
             **batch,
             row_sets=[one.set for one in examples],
-            row_lengths=[len(one.example.input_ids) for one in examples],
             row_targets=(batch["labels"][:, 1:] != IGNORED).sum(1).tolist(),
         )
 

@@ -19,7 +19,7 @@ from qlora_lightning.kernels.heads import HeadNorms, Heads
 
 MLP_TILE = 2048
 """Tokens of which gate and up are held at once where a block does not keep them, 86 MiB at 7B. Products of so many rows are as fast as of
-all (benchmarks/2026-11-23-fused-step-h200.md)."""
+all (benchmarks/2026-11-23-fused-7b-h200.md)."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,11 @@ class Block:
     """Tokens that a query sees, itself included; None is all before it."""
     scale: float
     """Of attention's scores."""
+
+    @property
+    def groups(self) -> tuple[LinearGroup, ...]:
+        """All its linear layers."""
+        return self.qkv, self.out, self.gate_up, self.down
 
     @property
     def shape(self) -> BlockShape:

@@ -50,8 +50,11 @@ def working_bytes(block: BlockShape, tokens: int, rungs: Sequence[Rung], vocabul
     dx = tokens * block.hidden
     first = made_again + tokens * (qkv + 2 * block.query + block.hidden) + weights_first
     second = made_again + tile * (3 * block.intermediate + 2 * block.hidden) + weights_second
+    expanded = 2 * block.query if block.key_value < 2 * block.query else 0  # a gradient of k and v for each query head, before their sums
+    attention = made_again + tokens * (qkv + block.query * (1 + 2 * block.dq_copies) + expanded)
     head = min(LOGITS_BYTES // 2, tokens * vocabulary) + 3 * tokens * block.hidden
-    return 2 * (dx + max(first, second, head))
+    on_their_way = 2 * tokens * block.hidden if block.input_on_host else 0
+    return 2 * (dx + on_their_way + max(first, second, attention, head))
 
 
 def kept_bytes(block: BlockShape, tokens: int, rungs: Sequence[Rung]) -> int:
@@ -98,7 +101,8 @@ def plan_rungs(block: BlockShape, layers: int, tokens: int, length: int, vocabul
         needed = (budget.held + planned_bytes(block, tokens, least, vocabulary) * budget.correction) / (1 - MARGIN) / GIB
         raise UserError(
             f"a microbatch of {tokens:,} tokens needs {needed:.1f} GiB in all, and {budget.total / GIB:.1f} GiB may be used; raise "
-            "trainer.accumulate_grad_batches (fewer rows at a time), lower data.dataset.max_length, or raise memory_budget_gib"
+            "trainer.accumulate_grad_batches (fewer rows at a time), lower data.dataset.max_length, set "
+            "trainer.strategy.optimizer_bits: 8, or raise trainer.strategy.memory_budget_gib"
         )
     return best[1]
 

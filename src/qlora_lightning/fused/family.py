@@ -20,6 +20,7 @@ FAMILIES = {"llama": "LLaMA", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "
 """transformers' ``model_type`` -> name."""
 _ROPE = ("default", "linear", "llama3", "yarn")  # frequencies that do not depend on the length of a sequence
 _ADAPTER = "default"
+_RANKS = 256  # of one layer, at most: a program of the kernels holds so many
 
 
 class NotFused(Exception):
@@ -44,12 +45,15 @@ def fuse(model: PeftModel, flat: FlatAdapter, kernels: ModuleType, dtype: torch.
     _check_config(config)
     device = base.get_input_embeddings().weight.device
     rotary = base.model.rotary_emb
+    blocks = [_block(layer, number, config, flat) for number, layer in enumerate(base.model.layers)]
+    if flat.count > sum(values.data.numel() for block in blocks for group in block.groups for values in (group.a, group.b)):
+        raise NotFused("it has adapters outside of its blocks")
     angles = torch.arange(longest, device=device).float()[:, None] * rotary.inv_freq.to(device, torch.float32)[None]
     return Decoder(
         kernels=kernels,
         embedding=_in_dtype(base.get_input_embeddings().weight, dtype),
         head=_in_dtype(base.lm_head.weight, dtype),
-        blocks=[_block(layer, number, config, flat) for number, layer in enumerate(base.model.layers)],
+        blocks=blocks,
         norm=base.model.norm.weight.detach(),
         eps=config.rms_norm_eps,
         cos=angles.cos() * rotary.attention_scaling,
@@ -129,6 +133,11 @@ def _group(layers: Sequence[Any], flat: FlatAdapter, stream: int) -> LinearGroup
 def _check_linear(layer: Any) -> None:
     if not isinstance(layer, Linear4bit) or _ADAPTER not in layer.lora_A:
         raise NotFused("not every linear layer of its blocks is in 4 bits with LoRA")
+    if (rank := layer.r[_ADAPTER]) > _RANKS:
+        raise NotFused(f"its adapter has rank {rank}; fused are ranks up to {_RANKS}")
+    weight: Any = layer.base_layer.weight
+    if weight.quant_state.blocksize != BLOCK or weight.dtype != torch.uint8:
+        raise NotFused(f"its 4-bit weights are not stored as bytes in blocks of {BLOCK}")
     features = int(layer.in_features or 0)
     if features % BLOCK:
         raise NotFused(f"a linear layer has {features} inputs, no multiple of {BLOCK}")

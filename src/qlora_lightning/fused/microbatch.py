@@ -13,9 +13,11 @@ from qlora_lightning.kernels.reference import IGNORED
 LENGTH_STEP = 64
 """Rows are as long as a multiple of this: 8 lengths up to 512 tokens."""
 PACKED_STEP = 256
-"""Tokens of packed rows come in multiples of this."""
+"""Tokens without padding come in multiples of this."""
 SEQUENCES_STEP = 16
 LONGEST_STEP = 128
+WORTH = 0.98
+"""Rows are laid end to end, without their padding, where that leaves at most this part of the tokens."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Shape:
     length: int
     scored: int
     sequences: int = 0
-    """Of packed rows, which lie as one row; 0 where each row is one sequence."""
+    """Of tokens that lie end to end, as one row; 0 where each row is one sequence."""
     longest: int = 0
 
     @property
@@ -36,15 +38,24 @@ class Shape:
 
 
 def shape_of(batch: dict[str, Any]) -> Shape:
-    """The shape that holds ``batch``, from sizes that the host knows."""
+    """The shape that holds ``batch``, from sizes that the host knows.
+
+    Packed rows, and rows of unlike length, lie end to end: products then see next to no padding. Rows of like length stay rows.
+    """
     rows, length = batch["input_ids"].shape
     if "cu_seqlens" in batch:
-        tokens = _up(rows * length, PACKED_STEP)
-        sequences = _up(len(batch["cu_seqlens"]), SEQUENCES_STEP)  # one more than the batch has: for the padding behind it
-        longest = min(_up(max(batch["longest"], tokens - rows * length), LONGEST_STEP), tokens)
-        return Shape(1, tokens, _scored(len(batch["scored"]), tokens), sequences, longest)
-    length = _up(length, LENGTH_STEP)
-    return Shape(rows, length, _scored(len(batch["scored"]), rows * length))
+        return _end_to_end(rows * length, len(batch["cu_seqlens"]) - 1, batch["longest"], batch)
+    width = _up(length, LENGTH_STEP)
+    joined = _end_to_end(sum(batch["row_lengths"]), rows, max(batch["row_lengths"]), batch)
+    if joined.tokens <= WORTH * rows * width:
+        return joined
+    return Shape(rows, width, _scored(len(batch["scored"]), rows * width))
+
+
+def _end_to_end(tokens: int, sequences: int, longest: int, batch: dict[str, Any]) -> Shape:
+    room = _up(tokens, PACKED_STEP)
+    longest = min(_up(max(longest, room - tokens), LONGEST_STEP), room)  # what fills the room up is a sequence too
+    return Shape(1, room, _scored(len(batch["scored"]), room), _up(sequences + 1, SEQUENCES_STEP), longest)
 
 
 def _up(value: int, step: int) -> int:
@@ -75,31 +86,56 @@ def empty_tokens(shape: Shape, device: torch.device) -> Tokens:
 
 def fill(tokens: Tokens, shape: Shape, batch: dict[str, Any], seed: int) -> None:
     """Copy ``batch`` into ``tokens``; what is behind it keeps any token's id and is scored nowhere."""
-    ids_BT, scored = batch["input_ids"], batch["scored"]
-    length = ids_BT.shape[1]
-    if shape.sequences:
-        _fill_packed(tokens, shape, batch)
+    if "cu_seqlens" in batch:
+        scored = _fill_packed(tokens, shape, batch)
+    elif shape.sequences:
+        scored = _fill_joined(tokens, shape, batch)
     else:
-        tokens.ids.view(shape.rows, shape.length)[:, :length].copy_(ids_BT)
-    behind = 0 if shape.sequences else shape.length - length  # padding that each row gains
+        scored = _fill_rows(tokens, shape, batch)
     count = len(scored)
-    tokens.scored[:count] = scored + (scored // length) * behind
+    tokens.scored[:count] = scored
     tokens.scored[count:] = shape.tokens
-    tokens.targets[:count] = batch["labels"].flatten()[scored + 1]
+    tokens.targets[:count] = batch["labels"].flatten()[batch["scored"] + 1]
     tokens.targets[count:] = IGNORED
     tokens.seed.fill_(seed)
 
 
-def _fill_packed(tokens: Tokens, shape: Shape, batch: dict[str, Any]) -> None:
-    """Rows become one; the padding behind them is a sequence by itself, and further ones are empty."""
-    ids, borders = batch["input_ids"].flatten(), batch["cu_seqlens"]
-    assert tokens.layout.cu_seqlens is not None
+def _fill_rows(tokens: Tokens, shape: Shape, batch: dict[str, Any]) -> Tensor:
+    """Rows side by side, each longer by the same padding; the scored tokens' numbers there."""
+    ids_BT, scored = batch["input_ids"], batch["scored"]
+    length = ids_BT.shape[1]
+    tokens.ids.view(shape.rows, shape.length)[:, :length].copy_(ids_BT)
+    renumbered: Tensor = scored + (scored // length) * (shape.length - length)
+    return renumbered
+
+
+def _fill_packed(tokens: Tokens, shape: Shape, batch: dict[str, Any]) -> Tensor:
+    """Packed rows become one; their padding stays."""
+    ids = batch["input_ids"].flatten()
     tokens.ids[: len(ids)] = ids
-    tokens.positions[: len(ids)] = batch["position_ids"].flatten()
-    tokens.positions[len(ids) :] = _count_from_zero(tokens.positions[len(ids) :])
+    _set_borders(tokens, shape, batch["cu_seqlens"])
+    scored: Tensor = batch["scored"]
+    return scored
+
+
+def _fill_joined(tokens: Tokens, shape: Shape, batch: dict[str, Any]) -> Tensor:
+    """Rows become one without their padding."""
+    ids_BT, scored, starts = batch["input_ids"], batch["scored"], batch["row_starts"]
+    length, count = ids_BT.shape[1], sum(batch["row_lengths"])
+    numbers = torch.arange(count, dtype=torch.int32, device=ids_BT.device)
+    rows = torch.searchsorted(starts, numbers, right=True) - 1
+    tokens.ids[:count] = ids_BT.flatten()[rows * length + numbers - starts[rows]]
+    _set_borders(tokens, shape, starts)
+    scored_rows = scored // length
+    renumbered: Tensor = scored - scored_rows * length + starts[scored_rows]
+    return renumbered
+
+
+def _set_borders(tokens: Tokens, shape: Shape, borders: Tensor) -> None:
+    """Sequences and positions; what fills the row up is a sequence by itself, and further ones are empty."""
+    assert tokens.layout.cu_seqlens is not None
     tokens.layout.cu_seqlens[: len(borders)] = borders
     tokens.layout.cu_seqlens[len(borders) :] = shape.tokens
-
-
-def _count_from_zero(positions: Tensor) -> Tensor:
-    return torch.arange(len(positions), dtype=positions.dtype, device=positions.device)
+    numbers = torch.arange(shape.tokens, dtype=torch.int32, device=borders.device)
+    sequences = torch.searchsorted(tokens.layout.cu_seqlens, numbers, right=True) - 1
+    tokens.positions.copy_(numbers - tokens.layout.cu_seqlens[sequences])

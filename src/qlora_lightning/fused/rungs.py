@@ -34,6 +34,8 @@ class BlockShape:
     """Whether q and k are normalised before RoPE: what comes before is kept too."""
     input_on_host: bool = False
     """Whether an input that is all that a block keeps waits in host memory."""
+    dq_copies: int = 1
+    """fp32 copies of q's gradient that attention's backward sums up in the end."""
 
     def kept_bytes(self, rung: Rung, width: int = 2) -> int:
         """Bytes a token that a block keeps on a rung.

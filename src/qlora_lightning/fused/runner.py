@@ -2,12 +2,17 @@
 
 A shape's first microbatch runs eagerly, which compiles the kernels and measures memory; its second is captured as two CUDA graphs, one
 of the forward and one of the backward, and every one after that is two launches. All graphs share one memory pool: they run one after
-another, and backward follows its own forward.
+another, and backward follows its own forward. That memory serves nothing else: where it is short, the graphs are given up before a new
+shape runs eagerly and before transformers' own blocks run (validation, samples), and captured again when their shapes come.
 """
 
+import importlib
+import importlib.util
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,14 +21,14 @@ from torch import Tensor
 
 from qlora_lightning.console import say
 from qlora_lightning.errors import UserError
-from qlora_lightning.fused.budget import GIB, Budget, describe_rungs, plan_rungs, planned_bytes
 from qlora_lightning.fused.decoder import Decoder, Forward, Tokens
 from qlora_lightning.fused.family import NotFused, fuse
 from qlora_lightning.fused.fp8 import in_fp8
+from qlora_lightning.fused.memory import OptimizerState, Planner
 from qlora_lightning.fused.microbatch import PACKED_STEP, Shape, empty_tokens, fill, shape_of
 from qlora_lightning.fused.offload import HostInputs
 from qlora_lightning.fused.rungs import Rung
-from qlora_lightning.kernels.attention import describe
+from qlora_lightning.kernels.attention import Backend, describe
 from qlora_lightning.modeling.flat import FlatAdapter
 from qlora_lightning.modeling.loading import FP8_SAID
 from qlora_lightning.modeling.positions import positions_of
@@ -52,8 +57,11 @@ class Place:
     """What belongs to one shape."""
 
     tokens: Tokens
+    backend: Backend
+    """Of its attention."""
     rungs: list[Rung]
-    runs: int = 0
+    ran: bool = False
+    """Whether a microbatch has come through, and back."""
     graphs: Graphs | None = None
     state: Forward | None = field(default=None, repr=False)
     """Between an eager forward and its backward."""
@@ -66,22 +74,21 @@ class Runner:
         decoder: the weights.
         flat: the adapter, whose gradients backward adds to.
         policy: what blocks keep, and how much memory there is.
-        state_bytes: what the optimizer will take, on top of what is allocated when the first microbatch comes.
+        state_bytes: what the optimizer's state will take.
         graphs: False runs everything eagerly.
     """
 
     def __init__(self, decoder: Decoder, flat: FlatAdapter, policy: MemoryPolicy, state_bytes: int, graphs: bool) -> None:
         self.decoder, self.flat, self.policy = decoder, flat, policy
         self.device = decoder.embedding.device
-        self._block = replace(decoder.blocks[0].shape, input_on_host=policy.offload_inputs)
+        block = replace(decoder.blocks[0].shape, input_on_host=policy.offload_inputs)
+        self.planner = Planner(block, len(decoder.blocks), len(decoder.head), policy, OptimizerState(state_bytes), self.device)
         self._captures = graphs and not policy.offload_inputs
         self._host = self._host_inputs() if policy.offload_inputs and self.device.type == "cuda" else None
-        self._allocated = 0
-        self._state_bytes = state_bytes
         self._places: dict[Shape, Place] = {}
-        self._budget: Budget | None = None
         self._pool: Any = None
-        self._running = 0
+        self._pool_bytes = 0
+        self._ticket = 0
         self._dropout = any(block.qkv.dropout for block in decoder.blocks)
 
     def cross_entropy_sum(self, batch: dict[str, Any]) -> Tensor:
@@ -97,27 +104,45 @@ class Runner:
             raise UserError(
                 f"a row of {length:,} tokens is longer than the base model's positions; set data.dataset.max_length to what it can take"
             )
-        if shape not in self._places:
-            self._places[shape] = Place(empty_tokens(shape, self.device), self._plan(shape))
-        place = self._places[shape]
+        self.planner.start()
+        place = self._place(shape)
         seed = int(torch.randint(2**62, ()).item()) if self._dropout else 0  # of the CPU's generator: saved and restored with a run
         fill(place.tokens, shape, batch, seed)
-        place.runs += 1
-        if self._captures and place.runs == 2 and sum(one.graphs is not None for one in self._places.values()) < GRAPHS:
-            place.graphs = self._capture(place, shape)
-        self._running += 1
-        ticket = self._running
+        if self._captures and place.ran and place.graphs is None and len(self._captured()) < GRAPHS:
+            self._try_capture(place, shape)
+        run_eagerly = place.graphs is None and self.device.type == "cuda"
+        if run_eagerly:
+            self.give_up_graphs(self.planner.needed(shape, place.rungs, place.backend))
+        before = self.planner.before() if run_eagerly else None
+        self._ticket += 1
+        ticket = self._ticket
         loss = self._forward(place)
 
         def backward(scale: Tensor) -> None:
-            assert ticket == self._running, "a microbatch's backward comes before the next one's forward"
+            assert ticket == self._ticket, "a microbatch has one backward, before the next one's forward"
+            self._ticket += 1  # what it kept is used up
             self._backward(place, scale)
+            place.ran = True
             if ticket == 1:
-                self._say_first(shape, began)
-            if self._budget is not None and place.runs == 1:
-                self._correct(place, shape)
+                self._say_first(place, began)
+            if before is not None and self.planner.correct(before, shape, place.rungs, place.backend):
+                self._plan_again()
 
         return loss, backward
+
+    def _place(self, shape: Shape) -> Place:
+        if shape not in self._places:
+            tokens = empty_tokens(shape, self.device)
+            backend = self.decoder.backend(tokens.layout)
+            self._places[shape] = Place(tokens, backend, self.planner.plan(shape, backend))
+        return self._places[shape]
+
+    def _plan_again(self) -> None:
+        """For shapes that have no graphs yet. One that has run and fits no longer, margin counted, goes on as it did."""
+        for shape, place in self._places.items():
+            if place.graphs is None:
+                with suppress(UserError):
+                    place.rungs = self.planner.plan(shape, place.backend)
 
     def _forward(self, place: Place) -> Tensor:
         if place.graphs is not None:
@@ -137,58 +162,48 @@ class Runner:
         state, place.state = place.state, None
         self.decoder.backward(state, place.tokens, scale, self._host)
 
-    def _say_first(self, shape: Shape, began: float) -> None:
+    def _say_first(self, place: Place, began: float) -> None:
         """What the first microbatch waited for, which later ones and later runs do not: Triton keeps compiled kernels on disk."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        backend = self.decoder.backend(empty_tokens(shape, self.device).layout)
-        say(f"First microbatch in {time.perf_counter() - began:.1f} s, kernels compiled with it; attention by {describe(backend)}")
-
-    # ---- memory ----
+        say(f"First microbatch in {time.perf_counter() - began:.1f} s, kernels compiled with it; attention by {describe(place.backend)}")
 
     def _host_inputs(self) -> HostInputs:
         embedding = self.decoder.embedding
         return HostInputs(len(self.decoder.blocks), embedding.shape[1], embedding.dtype, self.device)
 
-    def _plan(self, shape: Shape) -> list[Rung]:
-        """What each block keeps of a microbatch of this shape."""
-        layers = len(self.decoder.blocks)
-        if self.policy.gradient_checkpointing != "auto" or self.device.type == "cpu":
-            return [Rung.INPUT if self.policy.gradient_checkpointing == "full" else Rung.ALL] * layers
-        if self._budget is None:
-            self._budget = self._measure_budget()
-            torch.cuda.reset_peak_memory_stats(self.device)  # the first step's own peak corrects the plan
-        block, vocabulary = self._block, len(self.decoder.head)
-        rungs = plan_rungs(block, layers, shape.tokens, shape.longest or shape.length, vocabulary, self._budget)
-        peak = self._budget.held + planned_bytes(block, shape.tokens, rungs, vocabulary) * self._budget.correction
-        say(
-            f"{shape.tokens:,} tokens a microbatch: {describe_rungs(rungs)}; {peak / GIB:.1f} of {self._budget.total / GIB:.1f} GiB planned"
-        )
-        return rungs
-
-    def _measure_budget(self) -> Budget:
-        """What may be used in all, and what is taken already; the optimizer's state, which the first update makes, with it."""
-        free, total = torch.cuda.mem_get_info(self.device)
-        elsewhere = total - free - torch.cuda.memory_reserved(self.device)  # CUDA's context, and other processes
-        allowed = self.policy.memory_budget_gib
-        if allowed is not None:
-            total, elsewhere = min(total, int(allowed * GIB)), min(elsewhere, GIB)
-        self._allocated = torch.cuda.memory_allocated(self.device)
-        return Budget(total, self._allocated + elsewhere + self._state_bytes)
-
-    def _correct(self, place: Place, shape: Shape) -> None:
-        """Plan anew, for shapes that have no graphs yet, with what the eager step took."""
-        assert self._budget is not None
-        planned = planned_bytes(self._block, shape.tokens, place.rungs, len(self.decoder.head))
-        measured = torch.cuda.max_memory_allocated(self.device) - self._allocated
-        ratio = max(measured / planned, 0.8)  # a plan that was too careful is trusted only so far
-        if (abs(ratio / self._budget.correction - 1) > 0.02 and ratio > self._budget.correction) or self._budget.correction == 1.0:
-            self._budget = replace(self._budget, correction=ratio)
-            for one_shape, one in self._places.items():
-                if one.graphs is None:
-                    one.rungs = self._plan(one_shape)
-
     # ---- graphs ----
+
+    def _captured(self) -> list[Place]:
+        return [place for place in self._places.values() if place.graphs is not None]
+
+    def give_up_graphs(self, wanted: int | None = None) -> None:
+        """Free the graphs' memory where others are about to need it.
+
+        Args:
+            wanted: bytes that will be taken beside it; None where that is not known, and as much again must be left.
+        """
+        if self._pool is None:
+            return
+        if self.planner.budget.free - self._pool_bytes < (self._pool_bytes if wanted is None else wanted):
+            self._drop_graphs()
+
+    def _drop_graphs(self) -> None:
+        torch.cuda.synchronize(self.device)  # one may be running
+        for place in self._captured():
+            place.graphs = None
+        self._pool = None
+        torch.cuda.empty_cache()
+
+    def _try_capture(self, place: Place, shape: Shape) -> None:
+        """Capture a shape; where memory has become too short, go on without graphs, for good if this one had it all to itself."""
+        try:
+            place.graphs = self._capture(place, shape)
+        except torch.OutOfMemoryError:
+            self._captures = bool(self._captured())
+            say(f"Too little memory to capture {shape.rows} x {shape.length} tokens as CUDA graphs; they are computed without")
+        if place.graphs is None:
+            self._drop_graphs()  # here, where the failed capture's own tensors are gone
 
     def _capture(self, place: Place, shape: Shape) -> Graphs:
         """Record the launches of a shape's forward and backward; nothing is computed."""
@@ -202,6 +217,7 @@ class Runner:
             graphs.loss = state.losses.sum()
         with torch.cuda.graph(graphs.backward, pool=self._pool, capture_error_mode="thread_local"):
             self.decoder.backward(state, place.tokens, graphs.scale)
+        self._pool_bytes = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         say(f"Captured {shape.rows} x {shape.length} tokens as CUDA graphs in {time.perf_counter() - began:.1f} s")
         return graphs
 
@@ -250,12 +266,10 @@ def fused_runner(
     if dtype != torch.bfloat16:
         say(f"Fused path: off, since it computes in bf16, not {str(dtype).removeprefix('torch.')}")
         return None
-    from qlora_lightning.kernels import triton_ops  # Triton is part of torch's builds for CUDA only
-
     base: Any = model.get_base_model()
     longest = max(positions_of(base.config) or 0, LEAST_POSITIONS) + PACKED_STEP
     try:
-        decoder = replace(fuse(model, flat, triton_ops, dtype, longest), reproducible=reproducible)
+        decoder = replace(fuse(model, flat, _triton_kernels(), dtype, longest), reproducible=reproducible)
         if fp8:
             decoder = in_fp8(decoder)
     except NotFused as reason:
@@ -266,4 +280,13 @@ def fused_runner(
     say(f"Fused path: {decoder.name} blocks by hand, shapes that come again as CUDA graphs")
     if fp8:
         say(f"Compute: {FP8_SAID}")
-    return Runner(decoder, flat, policy, state_bytes=2 * flat.parameter.numel() * policy.optimizer_bits // 8, graphs=True)
+    runner = Runner(decoder, flat, policy, state_bytes=2 * flat.parameter.numel() * policy.optimizer_bits // 8, graphs=True)
+    base.model.register_forward_pre_hook(lambda *_: runner.give_up_graphs())  # validation, samples and the like
+    return runner
+
+
+def _triton_kernels() -> ModuleType:
+    """Triton comes with torch's builds for CUDA on Linux only."""
+    if importlib.util.find_spec("triton") is None:
+        raise NotFused("Triton is not installed")
+    return importlib.import_module("qlora_lightning.kernels.triton_ops")

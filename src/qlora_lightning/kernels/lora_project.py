@@ -25,9 +25,11 @@ def lora_project(x_NI: Tensor, a_RI: Tensor, rank: int, dropout: Dropout | None,
     """See ``reference.lora_project``; rank is at most 256, every tensor's last dimension contiguous."""
     tokens, features = x_NI.shape
     ranks = len(a_RI)
-    if dropout is None and x_NI.is_cuda and (copy_NI is None or ranks > rank):
-        if copy_NI is not None:
-            copy_NI.copy_(x_NI)
+    if copy_NI is not None and ranks > rank:
+        # Triton 3.6 on sm_90 computes three layers' sums wrongly where the loop stores a copy too. Only o_proj, one layer, wants one.
+        copy_NI.copy_(x_NI)
+        copy_NI = None
+    if dropout is None and x_NI.is_cuda and copy_NI is None:
         xa_NR = torch.mm(x_NI, a_RI.t())  # nothing to fuse: cuBLAS reads at 3 TB/s here
         _place(xa_NR, 1, 1.0, out_NP, None)
         return xa_NR

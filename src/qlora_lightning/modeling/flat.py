@@ -35,6 +35,8 @@ class FlatAdapter:
     """Every value [total] fp32; its ``grad`` is the flat gradient, always there."""
     gradient: Tensor
     """The same tensor as ``parameter.grad``."""
+    count: int
+    """Trained values: all but those that fill up the last row."""
     pieces: list[nn.Parameter]
     """``parameter`` cut into pieces of at most ``PIECE`` values, for the optimizer.
 
@@ -45,8 +47,8 @@ class FlatAdapter:
     def __init__(self, model: nn.Module) -> None:
         parameters = _in_order(model)
         device = parameters[0].device
-        count = sum(parameter.numel() for parameter in parameters)
-        values = torch.zeros(-(-count // ROW) * ROW, dtype=torch.float32, device=device)
+        self.count = sum(parameter.numel() for parameter in parameters)
+        values = torch.zeros(-(-self.count // ROW) * ROW, dtype=torch.float32, device=device)
         self._places: dict[nn.Parameter, slice] = {}
         start = 0
         for parameter in parameters:

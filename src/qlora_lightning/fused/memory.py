@@ -1,0 +1,146 @@
+"""The memory of a run on the fused path: what may be used, what is taken, what blocks keep of each shape; corrected by what a step took."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from qlora_lightning.console import say
+from qlora_lightning.errors import UserError
+from qlora_lightning.fused.budget import GIB, Budget, describe_rungs, plan_rungs, planned_bytes
+from qlora_lightning.fused.microbatch import Shape
+from qlora_lightning.fused.rungs import BlockShape, Rung
+from qlora_lightning.kernels.attention import Backend
+from qlora_lightning.strategies.policy import MemoryPolicy
+
+CONTEXT = GIB // 2
+"""Bytes that CUDA takes for itself, at least."""
+
+
+@dataclass(frozen=True)
+class OptimizerState:
+    """Bytes of the optimizer's two moments."""
+
+    whole: int
+    """What they take in all, once the first update has made them."""
+    there: int = 0
+    """What is there already: that of a resumed run."""
+    paged: int = 0
+    """How much of that lies in unified memory, which torch does not count as allocated."""
+
+
+@dataclass(frozen=True)
+class Before:
+    """A device's memory before a microbatch."""
+
+    allocated: int
+    peak: int
+
+
+class Planner:
+    """Plans what blocks keep, shape by shape.
+
+    Args:
+        block: sizes of a block.
+        layers: number of blocks.
+        vocabulary: rows of the head.
+        policy: what blocks keep, and how much memory there is.
+        state: of the optimizer.
+        device: where the run trains.
+    """
+
+    def __init__(
+        self, block: BlockShape, layers: int, vocabulary: int, policy: MemoryPolicy, state: OptimizerState, device: torch.device
+    ) -> None:
+        self._block, self._layers, self._vocabulary = block, layers, vocabulary
+        self._policy, self._state, self._device = policy, state, device
+        self._budget: Budget | None = None
+        self._paged_out = False
+
+    @property
+    def budget(self) -> Budget:
+        """What may be used, on a GPU."""
+        assert self._budget is not None
+        return self._budget
+
+    def start(self) -> None:
+        """Measure what there is, as the first microbatch comes: everything is in place but the optimizer's state."""
+        if self._budget is None and self._device.type == "cuda":
+            self._budget = self._measure_budget()
+            torch.cuda.reset_peak_memory_stats(self._device)  # the first step's own peak corrects the plan
+
+    def count_state(self, there: int, paged: int) -> None:
+        """Bytes of the optimizer's state that are there before the first microbatch, and how many of them lie in unified memory."""
+        self._state = replace(self._state, there=there, paged=paged)
+
+    def _measure_budget(self) -> Budget:
+        """What may be used in all, and what is taken already; the optimizer's state, which the first update makes, with it."""
+        free, total = torch.cuda.mem_get_info(self._device)
+        # CUDA's context, and other processes; paged state counts as the optimizer's, wherever it lies.
+        elsewhere = max(total - free - torch.cuda.memory_reserved(self._device) - self._state.paged, CONTEXT)
+        allowed = self._policy.memory_budget_gib
+        if allowed is not None and self._policy.gradient_checkpointing == "auto":  # of this run alone, as far as others leave it
+            context = min(elsewhere, GIB)
+            total, elsewhere = min(int(allowed * GIB), total - elsewhere + context), context
+        to_come = self._state.whole - (self._state.there - self._state.paged)
+        return Budget(total, torch.cuda.memory_allocated(self._device) + elsewhere + to_come)
+
+    def plan(self, shape: Shape, backend: Backend) -> list[Rung]:
+        """What each block keeps of a microbatch of this shape.
+
+        Raises:
+            UserError: it does not fit.
+        """
+        mode = self._policy.gradient_checkpointing
+        if mode != "auto" or self._device.type == "cpu":
+            return [Rung.INPUT if mode == "full" else Rung.ALL] * self._layers
+        rungs = self._fitting(shape, backend)
+        peak = self.budget.held + self.needed(shape, rungs, backend)
+        say(f"{shape.tokens:,} tokens a microbatch: {describe_rungs(rungs)}; {peak / GIB:.1f} of {self.budget.total / GIB:.1f} GiB planned")
+        return rungs
+
+    def _fitting(self, shape: Shape, backend: Backend) -> list[Rung]:
+        """The rungs of ``plan_rungs``; beside the optimizer's state if it can be, else, where it is paged, while that is on the host."""
+        block, length = self._block_of(shape, backend), shape.longest or shape.length
+        try:
+            return plan_rungs(block, self._layers, shape.tokens, length, self._vocabulary, self.budget)
+        except UserError:
+            if not self._policy.paged_optimizer or self._paged_out:
+                raise
+            without = replace(self.budget, held=self.budget.held - self._state.whole)
+            rungs = plan_rungs(block, self._layers, shape.tokens, length, self._vocabulary, without)
+        self._budget, self._paged_out = without, True
+        say("The optimizer's state does not fit beside a microbatch: it waits in host memory, which takes time at each update")
+        return rungs
+
+    def needed(self, shape: Shape, rungs: list[Rung], backend: Backend) -> int:
+        """Bytes that a microbatch takes for its time."""
+        return int(self._planned(shape, rungs, backend) * self.budget.correction)
+
+    def before(self) -> Before:
+        """To be asked for as an eager microbatch begins, for ``correct``."""
+        return Before(torch.cuda.memory_allocated(self._device), torch.cuda.max_memory_allocated(self._device))
+
+    def correct(self, before: Before, shape: Shape, rungs: list[Rung], backend: Backend) -> bool:
+        """Compare an eager microbatch with its plan; whether plans are made otherwise from now on.
+
+        One that stayed below an earlier peak tells nothing: torch keeps the highest only.
+        """
+        peak = torch.cuda.max_memory_allocated(self._device)
+        if peak == before.peak:
+            return False
+        ratio = (peak - before.allocated) / self._planned(shape, rungs, backend)
+        known = self.budget.correction
+        if known != 1.0 and ratio < known * 1.02:
+            return False
+        self._budget = replace(self.budget, correction=max(ratio, 0.8))  # a plan that was too careful is trusted only so far
+        return True
+
+    def _planned(self, shape: Shape, rungs: list[Rung], backend: Backend) -> int:
+        return planned_bytes(self._block_of(shape, backend), shape.tokens, rungs, self._vocabulary)
+
+    def _block_of(self, shape: Shape, backend: Backend) -> BlockShape:
+        if backend not in ("flash", "varlen"):
+            return self._block
+        # FlashAttention 2 in a fixed order: each part of the device that works on the same row sums by itself.
+        work = (shape.sequences or shape.rows) * self._block.heads
+        return replace(self._block, dq_copies=-(-torch.cuda.get_device_properties(self._device).multi_processor_count // work))
