@@ -87,7 +87,7 @@ def test_a_paged_state_gives_way_where_nothing_else_fits(planner: Callable[..., 
     assert held == card.allocated + card.elsewhere
     assert plan.plan(SHORT, "fa4")  # from now on
     assert plan.budget.held == held
-    with pytest.raises(UserError, match="set trainer.strategy.optimizer_bits: 8"):
+    with pytest.raises(UserError, match=r"set trainer\.strategy\.optimizer_bits: 8"):
         plan.plan(Shape(16, 2048, 32768), "fa4")
 
 
