@@ -14,9 +14,10 @@ import statistics
 import time
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qlora_lightning.fused import block
 from qlora_lightning.fused.block import Block
@@ -144,11 +145,11 @@ def with_dropout(decoder: Decoder, p: float) -> Decoder:
     return replace(decoder, blocks=[replace(b, **{name: replace(getattr(b, name), dropout=p) for name in groups}) for b in decoder.blocks])
 
 
-def batch_of(rows: int, length: int, vocabulary: int) -> dict[str, Tensor]:
+def batch_of(rows: int, length: int, vocabulary: int) -> dict[str, Any]:
     """Random ids, all supervised but each row's first."""
     ids = torch.randint(0, vocabulary, (rows, length), device=DEVICE)
     scored = torch.arange(rows * length, device=DEVICE).view(rows, length)[:, :-1].flatten()
-    return {"input_ids": ids, "labels": ids, "scored": scored}
+    return {"input_ids": ids, "labels": ids, "scored": scored, "row_lengths": [length] * rows}
 
 
 def measure(decoder: Decoder, flat: FlatAdapter, point: str, arguments: argparse.Namespace) -> None:

@@ -56,7 +56,7 @@ def test_rows_of_unlike_length_lie_end_to_end() -> None:
 
 def test_packed_rows_become_one() -> None:
     packed = batch(2, 200, 300) | {"cu_seqlens": torch.tensor([0, 90, 200, 390, 400]), "longest": 190}
-    assert shape_of(packed) == Shape(1, 512, 512, sequences=16, longest=256)
+    assert shape_of(packed) == Shape(1, 512, 512, sequences=16, longest=512)
 
 
 @pytest.mark.parametrize(

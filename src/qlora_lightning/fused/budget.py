@@ -12,6 +12,9 @@ GIB = 2**30
 MARGIN = 0.03
 """Of the budget, left free: allocations are rounded up, and free memory lies in pieces."""
 
+ROUNDED_UP = 1.15
+"""What torch reserves of short-lived tensors over their sizes, until a first step has been measured."""
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -54,7 +57,7 @@ def working_bytes(block: BlockShape, tokens: int, rungs: Sequence[Rung], vocabul
     attention = made_again + tokens * (qkv + block.query * (1 + 2 * block.dq_copies) + expanded)
     head = min(LOGITS_BYTES // 2, tokens * vocabulary) + 3 * tokens * block.hidden
     on_their_way = 2 * tokens * block.hidden if block.input_on_host else 0
-    return 2 * (dx + on_their_way + max(first, second, attention, head))
+    return int(2 * (dx + on_their_way + max(first, second, attention, head)) * ROUNDED_UP)
 
 
 def kept_bytes(block: BlockShape, tokens: int, rungs: Sequence[Rung]) -> int:

@@ -1,7 +1,7 @@
 """LoRA's first product in one pass over its input: dropout from hashed bits, times A, of all layers that read it.
 
-Memory bound: an input of N x I bf16 is read once (and copied once where wanted), the masks are never stored. Programs share the sum over I
-where N alone would not fill the device; a second, small launch adds their parts in a fixed order.
+Memory bound: an input of N x I bf16 is read once (once more where a copy is wanted), the masks are never stored. Programs share the sum
+over I where N alone would not fill the device; a second, small launch adds their parts in a fixed order.
 """
 
 import torch
@@ -25,11 +25,9 @@ def lora_project(x_NI: Tensor, a_RI: Tensor, rank: int, dropout: Dropout | None,
     """See ``reference.lora_project``; rank is at most 256, every tensor's last dimension contiguous."""
     tokens, features = x_NI.shape
     ranks = len(a_RI)
-    if copy_NI is not None and ranks > rank:
-        # Triton 3.6 on sm_90 computes three layers' sums wrongly where the loop stores a copy too. Only o_proj, one layer, wants one.
-        copy_NI.copy_(x_NI)
-        copy_NI = None
-    if dropout is None and x_NI.is_cuda and copy_NI is None:
+    if copy_NI is not None:
+        _copy_rows[(tokens, triton.cdiv(features, 2048))](x_NI, copy_NI, features, x_NI.stride(0), copy_NI.stride(0), COLUMNS=2048)
+    if dropout is None and x_NI.is_cuda:
         xa_NR = torch.mm(x_NI, a_RI.t())  # nothing to fuse: cuBLAS reads at 3 TB/s here
         _place(xa_NR, 1, 1.0, out_NP, None)
         return xa_NR
@@ -44,13 +42,11 @@ def lora_project(x_NI: Tensor, a_RI: Tensor, rank: int, dropout: Dropout | None,
             x_NI,
             a_RI,
             partial_SNR,
-            copy_NI if first == 0 else None,
             None if dropout is None else dropout.seed,
             tokens,
             features,
             x_NI.stride(0),
             a_RI.stride(0),
-            0 if copy_NI is None else copy_NI.stride(0),
             ranks,
             steps_per_part,
             0 if dropout is None else dropout.stream,
@@ -88,18 +84,25 @@ def _place(partial: Tensor, parts: int, rescale: float, out_NP: Tensor, xa_NR: T
     )
 
 
+@triton.jit
+def _copy_rows(x, out, features, x_row, out_row, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """By itself, not in ``_project``'s loop: with a store there Triton 3.6 gave wrong sums of three layers on sm_90."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < features
+    tl.store(out + row * out_row + column, tl.load(x + row * x_row + column, mask=inside), mask=inside)
+
+
 @triton.jit(do_not_specialize=["tokens", "steps", "stream", "first_token"])
 def _project(  # type: ignore[no-untyped-def]
     x,
     a,
     partial,
-    copy,
     seed,
     tokens,
     features,
     x_row,
     a_row,
-    copy_row,
     ranks,
     steps,
     stream,
@@ -130,8 +133,6 @@ def _project(  # type: ignore[no-untyped-def]
         column = start + tl.arange(0, FEATURES)
         inside = present & (column < features)[None, :]
         x_tile = tl.load(x + row * x_row + column[None, :], mask=inside, other=0.0)
-        if copy is not None:
-            tl.store(copy + row * copy_row + column[None, :], x_tile, mask=inside)
         a_tile = a + FIRST * RANK * a_row + rank[None, :] * a_row + column[:, None]
         a_inside = (column < features)[:, None] & (rank < RANK)[None, :]
         input_0 = x_tile
