@@ -104,7 +104,6 @@ class Linear:
         kernels: ``kernels.reference`` or ``kernels.triton_ops``.
         seed: the microbatch's, [1] int64.
         dtype: of the products.
-        tile: tokens [first, last) of the microbatch that are passed.
     """
 
     def __init__(self, group: LinearGroup, kernels: ModuleType, seed: Tensor, dtype: torch.dtype) -> None:
