@@ -16,18 +16,7 @@ _PER_PROGRAM = 2048
 
 
 def add_rms_norm(x_Nd: Tensor, delta_Nd: Tensor | None, weight_d: Tensor, eps: float, out_Nd: Tensor) -> tuple[Tensor, Tensor]:
-    """Residual sum, and its RMSNorm as transformers computes it: normalised, rounded, then times the weight.
-
-    Args:
-        x_Nd: the residual stream.
-        delta_Nd: what is added to it, which becomes the sum; None is nothing.
-        weight_d: of the norm, fp32.
-        eps: added to the mean square.
-        out_Nd: the norm's result; rows may be further apart than d.
-
-    Returns:
-        The sum [N, d] (``delta_Nd``, or ``x_Nd`` itself where there is nothing to add), and 1 / root mean square [N] fp32.
-    """
+    """See ``reference.add_rms_norm``."""
     tokens, features = x_Nd.shape
     rstd_N = torch.empty(tokens, dtype=torch.float32, device=x_Nd.device)
     rows, block, warps = _tile(features)
@@ -51,7 +40,7 @@ def add_rms_norm(x_Nd: Tensor, delta_Nd: Tensor | None, weight_d: Tensor, eps: f
 
 
 def rms_norm_backward(dy_Nd: Tensor, x_Nd: Tensor, rstd_N: Tensor, weight_d: Tensor, dx_Nd: Tensor) -> None:
-    """Add to ``dx_Nd`` (the gradient that goes past the norm) what comes through it. Rows of ``dy_Nd`` may be further apart than d."""
+    """See ``reference.rms_norm_backward``."""
     tokens, features = x_Nd.shape
     rows, block, warps = _tile(features)
     _rms_norm_backward_kernel[(triton.cdiv(tokens, rows),)](

@@ -19,17 +19,7 @@ _MOST_PAIRS = 2 * _PER_THREAD * 32 * _MOST_WARPS
 
 
 def rope(qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor, positions_N: Tensor, norms: HeadNorms | None, out: Tensor) -> None:
-    """Rotate q and k by their positions (half-split pairs: column i with i + D / 2), after their norms if there are any; v is copied.
-
-    Args:
-        qkv: [N, (H + 2 G) D].
-        heads: H, G, D.
-        cos: [positions, D / 2] fp32, with the model's scaling.
-        sin: likewise.
-        positions_N: int32.
-        norms: None is none.
-        out: as ``qkv``, which it may be.
-    """
+    """See ``reference.rope``."""
     # In place v is already there.
     copies = out.data_ptr() != qkv.data_ptr()
     strides = (qkv.stride(0), heads.size)
@@ -48,16 +38,7 @@ def rope_backward(
     norms: HeadNorms | None,
     out: Tensor,
 ) -> None:
-    """The gradient of ``rope``'s input.
-
-    Args:
-        dq: [N, H, D]; tokens and heads may be apart by any stride.
-        dk: [N, G, D], likewise.
-        dv: likewise.
-        qkv: ``rope``'s input, needed where there are norms.
-        heads: as there; cos, sin, positions_N, norms too.
-        out: [N, (H + 2 G) D].
-    """
+    """See ``reference.rope_backward``."""
     strides = (*dq.stride()[:2], *dk.stride()[:2], *dv.stride()[:2])
     _turn((dq, dk, dv), strides, qkv, heads, cos, sin, positions_N, norms, out, values=True, backward=True)
 

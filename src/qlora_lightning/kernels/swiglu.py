@@ -10,7 +10,7 @@ _WARPS = 4
 
 
 def swiglu(gate_up_N2f: Tensor, out_Nf: Tensor) -> None:
-    """silu(gate) * up. Rows of ``out_Nf`` may be further apart than f."""
+    """See ``reference.swiglu``."""
     tokens, features = out_Nf.shape
     block = min(_BLOCK, triton.next_power_of_2(features))
     parts = triton.cdiv(features, block)
