@@ -55,8 +55,8 @@ class QLoRAModule(LightningModule):
         optimizer: AdamW and its schedule.
         compute: Dtype of the matrix products: bf16, fp32, or auto (bf16 where the device multiplies it well). fp8 trains faster on GPUs
             that have it: products with frozen weights in e4m3, which is not the paper's arithmetic, and bf16 elsewhere.
-        fused: Train through hand-written blocks and CUDA graphs where the device and the model's family allow it; false uses
-            transformers' own. Adapters and checkpoints are the same.
+        fused: Train through hand-written blocks and CUDA graphs where device and family (LLaMA, Mistral, Qwen2, Qwen3) allow it;
+            false uses transformers' own. Adapters and checkpoints are the same.
         reproducible: Equal bits from run to run, as a resumed run needs. False lets the fused path take cuDNN's attention, which is
             faster where FlashAttention 4 is not installed.
     """

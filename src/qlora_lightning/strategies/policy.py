@@ -10,7 +10,8 @@ GradientCheckpointing = Literal["auto", "full", "none"]
 
 @dataclass(frozen=True)
 class MemoryPolicy:
-    """How a run spends device memory; what each way of checkpointing means is decided in ``modeling/checkpointing.py``."""
+    """How a run spends device memory; what checkpointing means is decided in ``fused/memory.py``, without the fused path in
+    ``modeling/checkpointing.py``."""
 
     paged_optimizer: bool = True
     """Keep optimizer state in unified memory, so that a spike pages it out to the host instead of failing. CUDA only."""

@@ -22,11 +22,11 @@ class QLoRAStrategy(SingleDeviceStrategy):
             On a CPU this has no meaning and a plain AdamW is used.
         optimizer_bits: Bits of each of AdamW's two moments: 32, or 8 (block-wise quantised).
         gradient_checkpointing: ``auto`` keeps as many activations as the memory budget allows and computes the rest again in backward.
-            ``full`` keeps each block's input only: least memory, about a third more compute. ``none`` keeps all activations.
+            ``full`` keeps each block's input only: least memory, about a third more compute. ``none`` keeps all activations. Without
+            the fused path (``model.fused``) ``auto`` is ``full``.
         memory_budget_gib: What the run may use in all, in GiB, at least 1; for ``auto`` only. By default what is free on the device when
             the run starts, less a margin.
-        offload_inputs: Let the inputs that blocks keep wait in pinned host memory until backward: for long contexts. On a CPU this has no
-            meaning.
+        offload_inputs: Let the inputs that blocks keep wait in pinned host memory until backward: for long contexts, on the fused path.
     """
 
     strategy_name = "qlora"
