@@ -17,6 +17,7 @@ import gzip
 import json
 import os
 import random
+import re
 import statistics
 import string
 import subprocess
@@ -57,7 +58,7 @@ def ours(base: str, lengths: list[int], recipe: str, count: int, options: list[s
     generator = random.Random(0)
     with (folder / "rows.jsonl").open("w") as file:
         for length in lengths:
-            text = "".join(generator.choices(string.ascii_letters, k=max(10, length - 2)))
+            text = "".join(generator.choices(string.ascii_letters, k=length - 2))
             file.write(json.dumps({"prompt": text[:8], "response": text[8:]}) + "\n")
     settings = {
         "model.base_model": base,
@@ -66,6 +67,7 @@ def ours(base: str, lengths: list[int], recipe: str, count: int, options: list[s
         "data.dataset.template": "plain",
         "data.dataset.train_on_source": "true",
         "data.dataset.max_length": CUT,
+        "data.dataset.validation_size": 0,
         "trainer.max_steps": count,
         "trainer.logger": "false",
         "trainer.num_sanity_val_steps": 0,
@@ -81,6 +83,10 @@ def ours(base: str, lengths: list[int], recipe: str, count: int, options: list[s
     if log.returncode:
         raise SystemExit(log.stderr[-2000:])
     print("\n".join(line for line in log.stderr.splitlines() if "Fused" in line or "attention by" in line or "planned" in line)[:1500])
+    trained_on = re.search(r"local: ([\d,]+) examples, ([\d,]+) tokens", log.stderr)
+    assert trained_on is not None
+    # Rows left out or held out would make other steps than ``steps_of`` says, and than the peer trains on.
+    assert [int(number.replace(",", "")) for number in trained_on.groups()] == [len(lengths), sum(lengths)], trained_on[0]
     with (folder / "run" / "metrics.csv").open() as file:
         logged = [row for row in csv.DictReader(file) if row["train/tokens_per_second"]]
     steps = steps_of(lengths, count)
@@ -161,7 +167,7 @@ def main() -> None:
     if arguments.what == "lengths":
         count_lengths(arguments.base, arguments.file)
         return
-    lengths = json.loads(arguments.file.read_text())
+    lengths = [min(CUT, max(12, length)) for length in json.loads(arguments.file.read_text())]
     if arguments.what == "ours":
         ours(arguments.base, lengths, arguments.recipe, 180, options)
     else:

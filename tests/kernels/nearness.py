@@ -16,9 +16,7 @@ def assert_near(fused: Tensor, plain: Tensor, exact: Tensor) -> None:
     """
     assert fused.dtype == plain.dtype and fused.shape == plain.shape == exact.shape
     error, allowed = (tensor.double() - exact for tensor in (fused, plain))
-    # A GPU's fp32 division, roots and exponentials are good to two units in the last place.
-    units = 4 if DEVICE == "cuda" and plain.dtype == torch.float32 else 1
-    last_place = units * torch.finfo(plain.dtype).eps * exact.abs().max()
+    last_place = torch.finfo(plain.dtype).eps * exact.abs().max()
     assert error.abs().max() <= 2 * allowed.abs().max() + last_place
     assert error.norm() <= 2 * allowed.norm() + last_place
 

@@ -48,7 +48,7 @@ def results(kernel: Callable[..., None], plain: Callable[..., None], written: li
         yield copies
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16] if DEVICE == "cuda" else [torch.bfloat16, torch.float32])  # a GPU's fp32 dots are TF32
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("tokens", "features", "layers", "rank"), SHAPES)
 def test_project(tokens: int, features: int, layers: int, rank: int, dtype: torch.dtype, dropout: Dropout | None) -> None:
     a = normal(layers * rank, features, dtype=dtype)

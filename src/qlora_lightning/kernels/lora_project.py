@@ -86,7 +86,7 @@ def _place(partial: Tensor, parts: int, rescale: float, out_NP: Tensor, xa_NR: T
 
 @triton.jit
 def _copy_rows(x, out, features, x_row, out_row, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """By itself, not in ``_project``'s loop: with a store there Triton 3.6 gave wrong sums of three layers on sm_90."""
+    """By itself, not in ``_project``'s loop: with a store there the sums were wrong on an H200 (Triton 3.6); why is not known."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < features
