@@ -51,6 +51,10 @@ def results(kernel: Callable[..., None], plain: Callable[..., None], written: li
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("tokens", "features", "layers", "rank"), SHAPES)
 def test_project(tokens: int, features: int, layers: int, rank: int, dtype: torch.dtype, dropout: Dropout | None) -> None:
+    if DEVICE == "cuda" and dtype == torch.float32 and dropout is not None:
+        with pytest.raises(AssertionError, match="TF32"):
+            lora_project(normal(1, 64, dtype=dtype), normal(8, 64, dtype=dtype), 8, dropout, normal(1, 64, dtype=dtype))
+        return
     a = normal(layers * rank, features, dtype=dtype)
     columns = -(-layers * rank // PADDING) * PADDING
     x, between = apart(tokens, features, columns, dtype)

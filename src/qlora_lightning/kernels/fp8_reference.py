@@ -21,7 +21,8 @@ SMALLEST = 2.0**-100
 
 def scale_of(absmax: Tensor) -> Tensor:
     """The scale, fp32, of values whose largest magnitudes are ``absmax``."""
-    return absmax.float().clamp(min=SMALLEST) / LARGEST
+    # By a tensor: torch multiplies a GPU's tensor by the inverse of a plain number, which rounds twice.
+    return absmax.float().clamp(min=SMALLEST) / torch.full_like(absmax, LARGEST, dtype=torch.float32)
 
 
 def quantize_rows(x_NI: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,8 +22,9 @@ _ACCUMULATED = 256
 
 
 def lora_project(x_NI: Tensor, a_RI: Tensor, rank: int, dropout: Dropout | None, out_NP: Tensor, copy_NI: Tensor | None = None) -> Tensor:
-    """See ``reference.lora_project``; rank is at most 256, every tensor's last dimension contiguous."""
+    """See ``reference.lora_project``; rank is at most 256, every tensor's last dimension contiguous; on a GPU with dropout bf16 only."""
     tokens, features = x_NI.shape
+    assert x_NI.dtype == torch.bfloat16 or dropout is None or not x_NI.is_cuda, "Triton would multiply fp32 as TF32"
     ranks = len(a_RI)
     if copy_NI is not None:
         _copy_rows[(tokens, triton.cdiv(features, 2048))](x_NI, copy_NI, features, x_NI.stride(0), copy_NI.stride(0), COLUMNS=2048)

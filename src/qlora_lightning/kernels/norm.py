@@ -98,7 +98,8 @@ def _add_rms_norm_kernel(
         values = (values.to(tl.float32) + added).to(out.dtype.element_ty)
         tl.store(delta + row * delta_stride + columns, values, mask=inside)
     wide = values.to(tl.float32)
-    scales = tl.rsqrt(tl.sum(wide * wide, 1) / FEATURES + eps)
+    # Rounded once each: one statistic's error is the error of a whole row.
+    scales = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(tl.sum(wide * wide, 1), FEATURES) + eps))
     tl.store(rstd + rows, scales, mask=present)
     normalised = (wide * scales[:, None]).to(out.dtype.element_ty)
     tl.store(out + row * out_stride + columns, (normalised.to(tl.float32) * weights).to(out.dtype.element_ty), mask=inside)
