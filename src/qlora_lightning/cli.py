@@ -21,6 +21,8 @@ TRAINER_COMMANDS = {
 # command -> (module:function that parses the arguments itself, as it takes every option of fit, and gives the exit code), what it does
 PARSING_COMMANDS = {
     "data": ("qlora_lightning.inspection:data", "see what is trained on, and audit the rows: data inspect --config RECIPE"),
+    "plan": ("qlora_lightning.planning:plan", "what a fit will do, and whether it fits: plan --config RECIPE"),
+    "verify": ("qlora_lightning.verification:verify", "is training exact on this model, data and machine: verify --config RECIPE"),
 }
 # command -> (module:function, or sub-commands of the same kind), what it does
 PLAIN_COMMANDS: dict[str, tuple[str | dict[str, str], str]] = {
@@ -32,6 +34,8 @@ PLAIN_COMMANDS: dict[str, tuple[str | dict[str, str], str]] = {
     "judge": ("qlora_lightning.evaluation.judge.command:judge", "let a model judge answers against each other, as JSON Lines"),
     "elo": ("qlora_lightning.evaluation.tournament.command:elo", "ratings of models from verdicts, with intervals, a picture and a report"),
     "agreement": ("qlora_lightning.evaluation.tournament.agreement:agreement", "how far judges agree: Kendall, Spearman, Fleiss"),
+    "merge": ("qlora_lightning.export.command:merge", "an adapter into a 16-bit model, with evidence of what that costs"),
+    "push": ("qlora_lightning.export.hub:push", "an adapter or a merged model to the hub; without --yes it only says what it would do"),
     "report": ("qlora_lightning.report.command:report", "one HTML page of one or several runs"),
     "recipes": (
         {
@@ -51,7 +55,7 @@ WAYS_ON = {
     "judge": "the verdicts so far are kept, and the same command (without --overwrite) goes on",
 }
 """What a user can do after an interruption; commands that are not here begin anew."""
-SWITCHES = ("--json", "--overwrite", "--strict", "--orders", "--dry_run")
+SWITCHES = ("--json", "--overwrite", "--strict", "--orders", "--dry_run", "--force", "--measure", "--yes", "--private")
 EVAL_PACKAGES = ("lm_eval", "matplotlib", "openai", "scipy", "statsmodels")
 """What the extra ``eval`` installs."""
 
