@@ -4,13 +4,15 @@ import importlib
 import inspect
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 from qlora_lightning import __version__
-from qlora_lightning.errors import UserError
+from qlora_lightning.errors import UserError, memory_error
+from qlora_lightning.redaction import redacted
 
 TRAINER_COMMANDS = {
     "fit": "train an adapter: fit --config RECIPE",
@@ -60,6 +62,10 @@ EVAL_PACKAGES = ("lm_eval", "matplotlib", "openai", "scipy", "statsmodels")
 """What the extra ``eval`` installs."""
 
 
+_DIED = re.compile(r"DataLoader worker \(pid.*\d\) (is killed by signal: [\w ]+|exited unexpectedly)")
+"""What torch says when a loader's process is gone."""
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a command and give its exit code: 0, 2 for a user's mistake (one line on standard error), 1 for a defect of ours."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -72,7 +78,9 @@ def main(argv: list[str] | None = None) -> int:
         line = user_line(error)
         if debug or line is None:
             raise
-        sys.stderr.write(f"qlora-lightning: {line}\n")
+        from qlora_lightning.console import harmless  # only now: rich takes a while to import
+
+        sys.stderr.write(f"qlora-lightning: {harmless(redacted(line))}\n")
         return 2
     except KeyboardInterrupt:
         if (way_on := WAYS_ON.get("".join(arguments[:1]))) is not None:
@@ -89,10 +97,9 @@ def _run(arguments: list[str]) -> int:
         print(__version__)
         return 0
     if command in TRAINER_COMMANDS:
-        from qlora_lightning.lightning_cli import run
+        from qlora_lightning.interruption import interruptible
 
-        _quieten()  # again: Lightning sets its log level when it is imported
-        run(arguments)
+        interruptible(arguments, lambda: _train(arguments))
         return 0
     if command in PARSING_COMMANDS:
         parse_and_run = _load(PARSING_COMMANDS[command][0])
@@ -101,6 +108,13 @@ def _run(arguments: list[str]) -> int:
     if command in PLAIN_COMMANDS:
         return _run_plain(command, arguments[1:])
     raise UserError(f"there is no command {command!r}{_nearest(command)}; see qlora-lightning --help")
+
+
+def _train(arguments: list[str]) -> None:
+    from qlora_lightning.lightning_cli import run
+
+    _quieten()  # again: Lightning sets its log level when it is imported
+    run(arguments)
 
 
 def _run_plain(command: str, arguments: list[str]) -> int:
@@ -131,12 +145,14 @@ def user_line(error: BaseException) -> str | None:
     if isinstance(error, UserError):
         # from a loader's process an error comes with that process's traceback, the error's own line at its end
         return " ".join(str(error).rpartition("qlora_lightning.errors.UserError: ")[2].split())
-    torch = sys.modules.get("torch")  # an error of torch's cannot come from where it was never imported
-    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+    if (memory := memory_error(error)) is not None:  # in a step of a fit, a note says more: callbacks/out_of_memory.py
+        return getattr(memory, "__notes__", [None])[-1] or (
+            f"out of memory ({' '.join(str(memory).split())[:160]}); free some, use a smaller base or batch, or a device that has more"
+        )
+    if isinstance(error, RuntimeError) and (died := _DIED.match(str(error))):
         return (
-            "out of GPU memory; raise trainer.accumulate_grad_batches (smaller microbatches), set "
-            "trainer.strategy.init_args.gradient_checkpointing: full (or a lower memory_budget_gib for auto), "
-            f"or shorten data.dataset.max_length ({str(error).split('.')[0]})"
+            f"a process that makes batches {died[1]}, most often because the kernel ended it for lack of memory; checkpoints stay: "
+            "free some memory or set --data.num_workers 0, and go on with the same command and --ckpt_path last"
         )
     if isinstance(error, ModuleNotFoundError) and (package := (error.name or "").partition(".")[0]) in EVAL_PACKAGES:
         return f"this command needs the package {package}; install what evaluations need: pip install 'qlora-lightning[eval]'"
