@@ -5,7 +5,6 @@ ones. benchmarks/gradients.py, whose functions are used here, prints the table o
 """
 
 import gc
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
