@@ -106,7 +106,14 @@ def report(who: str, steps: list[list[int]], seconds: list[float], peak: float, 
     )
 
 
-def peer(base: str, lengths: list[int], count: int) -> None:
+PEER_SETTINGS = {
+    "none": ("padded rows, none", False, False),
+    "full": ("padded rows, its checkpointing", True, False),
+    "joined": ("one row without padding, none", False, True),
+}
+
+
+def peer(base: str, lengths: list[int], count: int, settings: list[str]) -> None:
     import bitsandbytes
     import torch
     from peer_points import build, set_dropout
@@ -114,8 +121,7 @@ def peer(base: str, lengths: list[int], count: int) -> None:
     model = build(base, 1024, 64)
     set_dropout(model, 0.1)
     steps = steps_of(lengths, count)
-    for who, checkpointing, joined in (("padded rows, none", False, False), ("padded rows, its checkpointing", True, False),
-                                       ("one row without padding, none", False, True)):  # fmt: skip
+    for who, checkpointing, joined in (PEER_SETTINGS[setting] for setting in settings):
         import unsloth
 
         unsloth.FastLanguageModel.for_training(model, use_gradient_checkpointing=checkpointing)
@@ -163,6 +169,7 @@ def main() -> None:
     parser.add_argument("base")
     parser.add_argument("file", type=Path, help="rows, or the lengths of rows")
     parser.add_argument("recipe", nargs="?", default="recipes/oasst1-7b.yaml")
+    parser.add_argument("--settings", default=",".join(PEER_SETTINGS), help="of the peer, in turn")
     arguments, options = parser.parse_known_args()
     if arguments.what == "lengths":
         count_lengths(arguments.base, arguments.file)
@@ -171,7 +178,7 @@ def main() -> None:
     if arguments.what == "ours":
         ours(arguments.base, lengths, arguments.recipe, 180, options)
     else:
-        peer(arguments.base, lengths, 60)
+        peer(arguments.base, lengths, 50, arguments.settings.split(","))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as the command line sets it; torch reads it when it is imported
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before any Hugging Face import: no test touches the network
 os.environ.setdefault("WANDB_MODE", "disabled")
 

@@ -5,7 +5,6 @@ ones. benchmarks/gradients.py, whose functions are used here, prints the table o
 """
 
 import gc
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -38,7 +37,6 @@ pytestmark = [
 needs_fp8 = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9), reason="needs a GPU of compute capability 8.9 or more"
 )
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as the command line sets it; read at the first allocation
 DEVICE = torch.device("cuda", 0)
 GPU_FIT = (
     "trainer.accelerator=gpu",
