@@ -71,7 +71,8 @@ def resolve_names(arguments: list[str]) -> list[str]:
         found = finders[option](value if equals else rest.pop(0))
         if isinstance(found, Path) and (option == "--data.dataset" or names_dataset(found)):
             resolved += blank
-        resolved += [option, str(found)]
+        # absolute: jsonargparse would take mine.yaml for a name in a module
+        resolved += [option, str(found.absolute() if isinstance(found, Path) else found)]
     return resolved
 
 

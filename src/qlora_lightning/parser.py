@@ -57,7 +57,20 @@ def _load_yaml(text: str) -> Any:
         raise UserError(
             f"a YAML may hold {MOST_VALUES:,} values at most, and this one stands for more: {text[:60]!r}…; write it out shorter"
         )
-    return value
+    return _datasets_as_files(value)
+
+
+def _datasets_as_files(value: Any) -> Any:
+    """``dataset: mine.yaml`` as ``./mine.yaml``: jsonargparse would take it for a name in a module ``mine``, not to be imported."""
+    if isinstance(value, list):
+        return [_datasets_as_files(one) for one in value]
+    if not isinstance(value, dict):
+        return value
+    return {key: _as_file(one) if key in ("dataset", "data.dataset") else _datasets_as_files(one) for key, one in value.items()}
+
+
+def _as_file(value: Any) -> Any:
+    return f"./{value}" if isinstance(value, str) and value.endswith((".yaml", ".yml")) and "/" not in value else value
 
 
 def _count(value: Any, known: dict[int, int]) -> int:
