@@ -51,7 +51,8 @@ def plan(options: list[str]) -> int:
         return 0
     cli = PlanCLI(options)
     outlook = cli.outlook()
-    measured = measure(cli.of_fit, outlook, cli.datamodule, cli.trainer) if cli.given.measure else None
+    wanted = cli.given.measure and outlook.fits and not outlook.problems  # else the lines below say why it would fail
+    measured = measure(cli.of_fit, outlook, cli.datamodule, cli.trainer) if wanted else None
     if cli.given.json:
         print(json.dumps(outlook.document() | ({"measured": measured.document()} if measured else {})))
     else:

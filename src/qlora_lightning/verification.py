@@ -207,7 +207,7 @@ class Verification:
         """Two real fits: one of four steps, and one that begins behind its second from its checkpoint."""
         first = self.cli
         self._fit(first)
-        first.trainer.strategy.optimizers = []  # their state takes room that nothing needs any more
+        _forget_optimizer(first.trainer)
         checkpoint = first.root / "checkpoints" / f"step-{STOP:08d}.ckpt"
         fresh = self._room_for_another() if self.fresh is None else self.fresh
         resumed = self.folder / "resumed"
@@ -267,6 +267,11 @@ class Verification:
             "seconds": round(sum(outcome.seconds for outcome in outcomes), 1),
             "checks": [outcome.document() for outcome in outcomes],
         }
+
+
+def _forget_optimizer(trainer: Trainer) -> None:
+    """After a fit its state takes room that nothing needs any more; the schedule holds it too."""
+    trainer.strategy.optimizers, trainer.strategy.lr_scheduler_configs = [], []
 
 
 def without(options: Sequence[str], names: Sequence[str]) -> list[str]:

@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import wandb
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-import wandb
 from qlora_lightning.console import say
 from qlora_lightning.loggers.csv_rows import RunCSVLogger
 from qlora_lightning.loggers.wandb_files import mark_replaced, rows_uploaded
