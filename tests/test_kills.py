@@ -19,7 +19,7 @@ KILLS = ["--kills", "8", "--each", "4", "--seed", "3", "--work"]
 UNSAVED_RANDOM_STATE = """
 import sys
 from qlora_lightning.callbacks.random_state import RandomState
-RandomState.load_state_dict = lambda self, state: None
+RandomState.on_load_checkpoint = lambda *_: None
 import kills
 sys.argv[0] = "kills.py"
 sys.exit(kills.main())

@@ -146,3 +146,49 @@ def test_a_fit_says_its_memory_before_it_loads(fit: Callable[..., Path], capsys:
     fit("trainer.max_steps=1")
     said = capsys.readouterr().err
     assert "memory before a step" in said and said.index("longest microbatch") < said.index("Loading")
+
+
+# ---- several devices, none of which is here ----
+
+
+def test_several_devices_divide_the_batch_and_not_the_base(command: Plan, capsys: pytest.CaptureFixture[str]) -> None:
+    one, four = (document(capsys, *command("trainer.max_epochs=2", *more)) for more in ([], ["trainer.devices=4", "trainer.num_nodes=1"]))
+    assert four["ranks"] == 4 and four["longest_microbatch"]["rows"] == 1
+    assert four["longest_microbatch"]["tokens_a_row"] == one["longest_microbatch"]["tokens_a_row"]
+    assert all(four[name] == one[name] for name in ("steps", "tokens", "supervised_tokens"))
+    assert four["memory"][0]["parts"] == one["memory"][0]["parts"]
+    assert four["run"]["batch"] == "4 rows a step = 1 x 1 on each of 4 devices"
+    assert four["communication"] == {"all_reduced_a_step": one["memory"][0]["parts"]["its gradient, fp32"], "gathered_a_microbatch": 0}
+
+
+def test_a_divided_base_is_a_share_and_the_blocks_that_are_gathered(command: Plan, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = document(capsys, *command("trainer.devices=2", "trainer.num_nodes=2", "trainer.strategy=qlora_fsdp2"))
+    (memory,) = plan["memory"]
+    packed = (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128) * 2 // 2
+    assert memory["parts"]["linear layers, 4 bits"] == packed // 4
+    assert memory["parts"]["blocks gathered from all ranks"] == packed  # of two blocks both lie gathered
+    assert not memory["fused"] and plan["communication"]["gathered_a_microbatch"] == 2 * packed
+    assert "InfiniBand" in plan["run"]["a microbatch gathers"]
+    assert plan["run"]["devices"] == "2 devices on each of 2 machines, the 4-bit base divided among them"
+
+
+def test_options_of_the_strategy_stay_where_its_name_changes(command: Plan, capsys: pytest.CaptureFixture[str]) -> None:
+    options = "trainer.devices=2", "trainer.strategy=qlora_ddp", "trainer.strategy.optimizer_bits=8"
+    assert "optimizer's state, 8 bits, paged" in document(capsys, *command(*options))["memory"][0]["parts"]
+
+
+def test_ranks_on_a_cpu_share_its_memory(command: Plan, capsys: pytest.CaptureFixture[str]) -> None:
+    one, two = (document(capsys, *command(f"trainer.devices={devices}", gib=None))["memory"][0] for devices in (1, 2))
+    assert two["device"] == "this machine's CPU, shared by 2 ranks" and two["total"] == one["total"] // 2
+
+
+@pytest.mark.parametrize(
+    "option, line",
+    [
+        ("trainer.devices=3", "data.global_batch_size must be a multiple of the number of GPUs, got 4 for 3 GPUs; use 6, say"),
+        ("trainer.devices=8", "data.global_batch_size must be a multiple of the number of GPUs, got 4 for 8 GPUs; use 8, say"),
+        ("measure", "--measure measures a step of one device, but there are 2; add --trainer.devices 1"),
+    ],
+)
+def test_what_several_devices_cannot_do(command: Plan, option: str, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert line in line_of(capsys, *command("trainer.devices=2", option, gib=None))

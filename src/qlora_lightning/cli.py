@@ -6,12 +6,13 @@ import logging
 import os
 import re
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 from qlora_lightning import __version__
-from qlora_lightning.errors import UserError, memory_error
+from qlora_lightning.errors import UserError, lost_peer, memory_error
 from qlora_lightning.redaction import redacted
 
 TRAINER_COMMANDS = {
@@ -73,19 +74,59 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _complete_flags([argument for argument in arguments if argument != "--debug"])
     _quieten()
     try:
+        code = _guarded(arguments, debug)
+    finally:
+        ended = _leave_ranks()
+        if argv is None and ended:  # with ranks lost, what runs at the end of a process may wait for them without end
+            _end_soon(ended)
+    return code or ended
+
+
+def _guarded(arguments: list[str], debug: bool) -> int:
+    try:
         return _run(arguments)
     except Exception as error:
-        line = user_line(error)
+        line, ranks = user_line(error), _ranks()
+        if ranks is not None:
+            verdict = ranks.fail(line or f"a defect, {type(error).__name__}: {error}", 1 if line is None else 2, lost_peer(error))
+            _write(verdict.line)
+            if not (verdict.own and (debug or line is None)):
+                return int(verdict.code)
         if debug or line is None:
             raise
-        from qlora_lightning.console import harmless  # only now: rich takes a while to import
-
-        sys.stderr.write(f"qlora-lightning: {harmless(redacted(line))}\n")
+        _write(line)
         return 2
     except KeyboardInterrupt:
         if (way_on := WAYS_ON.get("".join(arguments[:1]))) is not None:
             sys.stderr.write(f"qlora-lightning: interrupted; {way_on}\n")
         return 130
+
+
+def _write(line: str | None) -> None:
+    if line is not None:
+        from qlora_lightning.console import harmless  # only now: rich takes a while to import
+
+        sys.stderr.write(f"qlora-lightning: {harmless(redacted(line))}\n")
+
+
+def _ranks() -> Any:
+    """The roll call of a run with several ranks, else None."""
+    module = sys.modules.get("qlora_lightning.rollcall")  # not imported before it is needed, which takes a while
+    return module.current if module else None
+
+
+def _leave_ranks() -> int:
+    if _ranks() is None:
+        return 0
+    from qlora_lightning.rollcall import end
+
+    return end()
+
+
+def _end_soon(code: int) -> None:
+    backstop = threading.Timer(10.0, os._exit, [code])
+    backstop.daemon = True
+    backstop.start()
 
 
 def _run(arguments: list[str]) -> int:
@@ -200,6 +241,7 @@ def _nearest(command: str) -> str:
 def _quieten() -> None:
     """Turn off what libraries say at every start and no user can act on."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a rank that is gone fills the others' terminals with torch's own stacks
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # free memory in one piece: 8.4 GiB reserved instead of 9.8 at 7B, 16 x 512
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     for name in ("lightning.pytorch", "lightning.fabric", "bitsandbytes", "torchao"):
@@ -214,6 +256,7 @@ def _quieten() -> None:
         ".*Total length of `list` across ranks is zero.*",
         ".*Trying to infer the `batch_size`.*",
         ".*modules in eval mode.*",
+        ".*functional.all_gather is deprecated.*",
     ):
         warnings.filterwarnings("ignore", message=message)
 

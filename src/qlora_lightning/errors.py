@@ -10,6 +10,10 @@ class UserError(Exception):
     """A mistake in what the user gave: the text states the rule, then the value, then the way out, in one line."""
 
 
+class ElsewhereError(Exception):
+    """An error of rank 0, as the other ranks see it: they end with it, and leave it to that one to say so."""
+
+
 _NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 """How torch says so where it raises no ``torch.OutOfMemoryError``: the CPU's allocator, the CUDA runtime, cuBLAS."""
 
@@ -24,6 +28,22 @@ def memory_error(error: BaseException) -> BaseException | None:
             return one
         one = one.__cause__ or one.__context__  # cleaning up without memory may fail too
     return None
+
+
+_LOST_PEER = ("gloo/", "Connection closed by peer", "Connection reset by peer", "NCCL")
+"""In torch's words for a collective that another rank has not come to."""
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether an error, or one that it followed, is what the end of another rank looks like from here."""
+    one: BaseException | None = error
+    while one is not None:
+        if isinstance(one, ElsewhereError) or type(one).__name__.startswith("Dist"):
+            return True
+        if isinstance(one, RuntimeError) and any(words in str(one) for words in _LOST_PEER):
+            return True
+        one = one.__cause__ or one.__context__
+    return False
 
 
 def check_least(group: str, values: Mapping[str, tuple[float | None, float]]) -> None:

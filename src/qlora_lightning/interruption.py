@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from qlora_lightning import rollcall
 from qlora_lightning.console import say
 from qlora_lightning.redaction import redacted
 
@@ -55,10 +56,20 @@ def interruptible(arguments: list[str], work: Callable[[], None]) -> None:
         with ending_on(signal.SIGINT, signal.SIGTERM):
             work()
     except Interrupted as end:
+        if _another_rank_failed(end):
+            raise
         say(_last_line(end, arguments))
         if end.job is not None:
             _requeue(end.job)
         raise
+
+
+def _another_rank_failed(end: Interrupted) -> bool:
+    """Whether the signal came because another rank has failed, whose line says why. Else all ranks stop, if they do not by themselves."""
+    call = rollcall.current
+    if call is None or end.step is not None:
+        return False
+    return not call.fail(f"stopped by {end}", int(end.code or 0), follows=False).own
 
 
 @contextmanager

@@ -8,12 +8,13 @@ from types import MappingProxyType
 from typing import Any
 
 from jsonargparse import Namespace, set_parsing_settings
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.markup import escape
 from rich.table import Table
 
+from qlora_lightning import rollcall
 from qlora_lightning.callbacks.adapter_checkpoint import FOLDER, AdapterCheckpoint, put_right
 from qlora_lightning.callbacks.announce import Announce
 from qlora_lightning.callbacks.history import History
@@ -25,6 +26,7 @@ from qlora_lightning.callbacks.out_of_memory import OutOfMemory
 from qlora_lightning.callbacks.predictions import Predictions
 from qlora_lightning.callbacks.progress import RunProgress
 from qlora_lightning.callbacks.random_state import RandomState
+from qlora_lightning.callbacks.rank_watch import RankWatch
 from qlora_lightning.callbacks.resume import Resume
 from qlora_lightning.callbacks.samples import Samples
 from qlora_lightning.callbacks.stop import StopBetweenSteps
@@ -32,26 +34,24 @@ from qlora_lightning.callbacks.validation import ValidateEvery
 from qlora_lightning.console import console, say
 from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.data.spec import DatasetSpec
-from qlora_lightning.disk import write_whole
 from qlora_lightning.errors import UserError
+from qlora_lightning.launching import first_of_machine, join, settle, traits, use_launcher
 from qlora_lightning.loggers import RunCSVLogger, RunWandbLogger
 from qlora_lightning.modeling.adapters import adapter_metadata
 from qlora_lightning.modeling.sources import resolve_base
 from qlora_lightning.module import QLoRAModule
-from qlora_lightning.parser import OneLineParser
+from qlora_lightning.parser import STRATEGIES, OneLineParser, find_strategy
 from qlora_lightning.recipes import find_datamodule, find_recipe, names_dataset, shared_defaults
-from qlora_lightning.redaction import redacted
-from qlora_lightning.run_folder import check_folder, clear_folder, find_checkpoint, lies_in, run_folder
+from qlora_lightning.run_folder import RunFolder, check_folder, check_seen, find_checkpoint, lies_in, run_folder
 from qlora_lightning.run_lock import RunLock
-from qlora_lightning.strategies import QLoRAStrategy
-
-CONFIG_FILE = "config.yaml"
+from qlora_lightning.strategies import PagedStrategy
 
 
 def run(arguments: list[str]) -> None:
     """Run one of LightningCLI's commands with ``arguments`` (the command first)."""
+    join(arguments[0])
     command, *options = resolve_names(arguments)
-    QLoRACLI([command, "--config", str(shared_defaults()), *options])
+    QLoRACLI([command, "--config", str(shared_defaults()), *options], arguments)
 
 
 def resolve_names(arguments: list[str]) -> list[str]:
@@ -60,7 +60,7 @@ def resolve_names(arguments: list[str]) -> list[str]:
     A data set that is named takes the place of one named before. The parser would merge the two: rows of one, template and limits of the
     other; so everything about a data set is set back to its default first.
     """
-    finders = {"--config": find_recipe, "-c": find_recipe, "--data.dataset": find_datamodule}
+    finders = {"--config": find_recipe, "-c": find_recipe, "--data.dataset": find_datamodule, "--trainer.strategy": find_strategy}
     blank = ["--data.dataset", json.dumps({field.name: field.default for field in fields(DatasetSpec)})]
     resolved, rest = [], list(arguments)
     while rest:
@@ -80,36 +80,21 @@ class OneLineLightningParser(OneLineParser, LightningArgumentParser):
     """LightningCLI's parser with errors of one line."""
 
 
-class RunFolder(SaveConfigCallback):
-    """Clear the run folder of an earlier run where that was asked for, and write the configuration into it and to the loggers.
+class QLoRACLI(LightningCLI):
+    """``lightning_cli.yaml`` gives the defaults of every run, a recipe what differs, the command line what differs today.
 
-    Not before the fit starts, with its data read and its model loaded: what fails until then must not cost the earlier run.
+    Args:
+        arguments: The command, then options, the shared defaults among them.
+        given: The arguments as a user gave them, with which further ranks are started; None for one process, whatever the options say.
     """
 
-    continues = False
-    """Whether the run goes on with what the folder holds; set before the Trainer runs."""
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Nothing yet."""
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        root = Path(trainer.default_root_dir)
-        if not self.continues:
-            clear_folder(root)
-        config = self.config.clone()
-        config.overwrite, config.ckpt_path = False, None  # of this start, not of the run
-        write_whole(root / CONFIG_FILE, redacted(self.parser.dump(config, skip_none=False)))
-        for logger in trainer.loggers:
-            logger.log_hyperparams(config.as_dict())
-
-
-class QLoRACLI(LightningCLI):
-    """``lightning_cli.yaml`` gives the defaults of every run, a recipe what differs, the command line what differs today."""
-
-    def __init__(self, arguments: list[str]) -> None:
+    def __init__(self, arguments: list[str], given: list[str] | None = None) -> None:
         set_parsing_settings(docstring_parse_attribute_docstrings=True)  # a dataclass explains its fields under them
         self._command = arguments[0]
+        self._given = given
+        self.root: Path
         self.initial_adapter: Path | None = None
+        self._continues = False
         self._lock: RunLock | None = None
         try:
             self._run(arguments)
@@ -142,6 +127,7 @@ class QLoRACLI(LightningCLI):
         parser.add_lightning_class_args(Samples, "samples")
         parser.add_lightning_class_args(Predictions, "generation")
         parser.add_lightning_class_args(MMLU, "mmlu")
+        parser.add_lightning_class_args(RankWatch, "ranks")
         parser.add_argument("--overwrite", type=bool, default=False, help="Delete the run that the run folder holds and begin anew (fit).")
         parser.add_argument(
             "--json", type=bool, default=False, help="Print results as one JSON document on standard output (validate, test)."
@@ -155,24 +141,39 @@ class QLoRACLI(LightningCLI):
     # ---- before anything is loaded ----
 
     def before_instantiate_classes(self) -> None:
-        """Settle the run folder, the checkpoint to start from and the loggers."""
+        """Settle the ranks, the run folder, the checkpoint to start from and the loggers."""
         config = self.config[self.subcommand]
-        self.root = run_folder(config)
+        if self._given is not None:
+            settle(config, self._command)
+        if "verbose" in config:
+            config.verbose = False  # Lightning's own table would go to standard output; `_report` takes its place
+        call = rollcall.current
+        if call is None or call.rank == 0:
+            self._settle_folder(config)
+            if call is not None:
+                call.hand_on(
+                    "start", [str(self.root), config.ckpt_path, self.initial_adapter and str(self.initial_adapter), self._continues]
+                )
+        else:  # the first rank may put the folder right meanwhile
+            root, config.ckpt_path, adapter, self._continues = call.receive("start")
+            self.root, self.initial_adapter = Path(root), adapter and Path(adapter)
+            check_seen(config.ckpt_path or adapter)
         config.trainer.default_root_dir = str(self.root)
+        for logger in _as_list(config.trainer.logger):
+            if isinstance(logger, Namespace) and "save_dir" in logger.init_args and logger.init_args.save_dir is None:
+                logger.init_args.save_dir = str(self.root)
+
+    def _settle_folder(self, config: Namespace) -> None:
+        self.root = run_folder(config)
         if self.subcommand == "fit":
             self._lock = RunLock(self.root)
             put_right(self.root / FOLDER)
-        if "verbose" in config:
-            config.verbose = False  # Lightning's own table would go to standard output; `_report` takes its place
         given, fitting = config.ckpt_path, self.subcommand == "fit"
         config.ckpt_path, self.initial_adapter = find_checkpoint(given, self.root, required=not fitting)
         source = self.initial_adapter or (Path(config.ckpt_path) if config.ckpt_path else None)
         self._continues = str(given) == "last" or (config.ckpt_path is not None and lies_in(Path(config.ckpt_path), self.root / FOLDER))
         if fitting:
             check_folder(self.root, self._continues, config.overwrite, source)
-        for logger in _as_list(config.trainer.logger):
-            if isinstance(logger, Namespace) and "save_dir" in logger.init_args and logger.init_args.save_dir is None:
-                logger.init_args.save_dir = str(self.root)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add the CSV logger to whatever a fit logs to; the other commands report on the terminal."""
@@ -203,9 +204,10 @@ class QLoRACLI(LightningCLI):
             if isinstance(callback, RunFolder):
                 # a run that was killed before its first checkpoint left metrics only: there is nothing to go on with
                 callback.continues = self._continues and self._get(self.config, "ckpt_path") is not None
-        if not isinstance(self.trainer.strategy, QLoRAStrategy):
+        if not isinstance(self.trainer.strategy, PagedStrategy):
             raise UserError(
-                f"trainer.strategy must be qlora, got {type(self.trainer.strategy).__name__}; leave it as lightning_cli.yaml has it"
+                f"trainer.strategy must be {', '.join(STRATEGIES)}, got {type(self.trainer.strategy).__name__}; "
+                "leave it as lightning_cli.yaml has it"
             )
         self.trainer.strategy.policy.check()
         if str(self.trainer.precision) != "32-true":
@@ -217,20 +219,32 @@ class QLoRACLI(LightningCLI):
     # Data is prepared by whoever comes first, before there is a process group whose other ranks could tire of waiting.
 
     def before_fit(self) -> None:
-        resolve_base(self.model.base_model)  # weights that are not there are missed before rows are read, which may take long
-        self.datamodule.setup("fit")
+        with first_of_machine(self.trainer):
+            resolve_base(self.model.base_model)  # weights that are not there are missed before rows are read, which may take long
+            self.datamodule.setup("fit")
+        self._gather()
 
     def before_validate(self) -> None:
         self._mmlu.read()
         if self._mmlu.wanted:  # there is something to score on without held-out rows
             self.datamodule.heldout = "unused" if self.trainer.limit_val_batches == 0 else "optional"
-        self.datamodule.setup("validate")
+        self._read_heldout("validate")
 
     def before_test(self) -> None:
-        self.datamodule.setup("test")
+        self._read_heldout("test")
 
     def before_predict(self) -> None:
-        self.datamodule.setup("predict")
+        self._read_heldout("predict")
+
+    def _read_heldout(self, stage: str) -> None:
+        with first_of_machine(self.trainer):
+            self.datamodule.setup(stage)
+        self._gather()
+
+    def _gather(self) -> None:
+        """Have the Trainer begin when all ranks are there and have the same."""
+        if rollcall.current is not None and self._given is not None:
+            use_launcher(self.trainer, self._given, traits(self.config[self.subcommand], self.trainer, self.model, self.datamodule))
 
     # ---- after ----
 
@@ -255,10 +269,9 @@ class QLoRACLI(LightningCLI):
     def _report(self, more: Mapping[str, float] = MappingProxyType({})) -> None:
         """Print what was measured; ``more`` of it in the JSON document alone."""
         metrics = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
-        if self._get(self.config, "json"):
+        if self._get(self.config, "json") and self.trainer.is_global_zero:
             print(json.dumps({**metrics, **more}))
-            return
-        if not metrics:
+        if self._get(self.config, "json") or not metrics:
             return
         table = Table(title=f"{self.subcommand} of {self.initial_adapter or self._get(self.config, 'ckpt_path') or self.model.base_model}")
         table.add_column("metric")

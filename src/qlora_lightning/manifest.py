@@ -1,8 +1,9 @@
 """The manifest of a run: what a fit that goes on from a checkpoint must have in common with the one that wrote it.
 
 It is one flat table of plain values, saved with each checkpoint. A name is that of an option where one option sets the value. What may
-differ is left out: microbatches, checkpointing policy, devices, workers, logging, paths of the same content, and the run's length where
-the schedule does not depend on it. Versions and the device are kept apart: where they differ the run goes on, with a warning.
+differ is left out: microbatches, ranks and how they work together, checkpointing policy, workers, logging, paths of the same content, and
+the run's length where the schedule does not depend on it. Versions and the device are kept apart: where they differ the run goes on, with
+a warning.
 """
 
 import json
@@ -105,10 +106,8 @@ def _state_kind(policy: MemoryPolicy, device: torch.device) -> str:
 
 def environment(device: torch.device) -> dict[str, str]:
     """What the bits of a sum may depend on besides: versions, the device, on a CPU its threads."""
-    if device.type == "cuda":
-        name = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(device)}"
-    else:
-        name = f"{device.type.upper()} with {torch.get_num_threads()} threads"
+    threads = f"{device.type.upper()} with {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else threads
     return {package: version(package) for package in _PACKAGES} | {"device": name}
 
 

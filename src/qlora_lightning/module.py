@@ -37,6 +37,7 @@ from qlora_lightning.modeling.packed import check_packing
 from qlora_lightning.modeling.sources import stored_source
 from qlora_lightning.modeling.tokenizer import check_tokenizer
 from qlora_lightning.optim import OptimizerSpec, build_optimizer, build_schedule, refuse_step, state_bytes
+from qlora_lightning.ranks import StepEnd, begin_alike
 from qlora_lightning.strategies.policy import MemoryPolicy
 
 
@@ -89,6 +90,10 @@ class QLoRAModule(LightningModule):
         """How ``predict`` draws answers, set before it starts."""
         self.strict_loading = False  # a checkpoint never holds the frozen base; on_load_checkpoint compares what it does hold
         self._step_loss = torch.zeros(())
+        self.told: dict[str, float] = {}
+        """What this rank's callbacks tell the others at a step's end, set in ``on_before_optimizer_step``; on each under the same names."""
+        self.heard: list[dict[str, float]] = []
+        """What every rank told in the last step, in order of ranks."""
         self.on_nonfinite: Callable[[float, float], None] = refuse_step
         """Told loss and norm of a step of which one is no finite number; unless it raises, the update is left out."""
         self._runner: Runner | None = None
@@ -122,7 +127,8 @@ class QLoRAModule(LightningModule):
         if self.trainer.state.fn == "fit":
             check_fp8(self.compute, self.fused, device)
         say(f"Loading {self.base_model} in {self.quantization.quant_type} onto {device}")
-        base = load_base_model(self.base_model, self.quantization, self._compute_dtype, device, self.revision)
+        load = getattr(self.trainer.strategy, "load_base", load_base_model)
+        base = load(self.base_model, self.quantization, self._compute_dtype, device, self.revision)
         self.base_fingerprint = base_fingerprint(self.base_model, self.revision)
         torch.manual_seed(torch.initial_seed())  # A's first values depend on the seed alone, not on what ran before
         model = attach_lora(base, self.lora)
@@ -132,6 +138,8 @@ class QLoRAModule(LightningModule):
         self.flat = FlatAdapter(model)
         self.model = model.train()
         console.print(ledger_table(ledger(self.model)))
+        if share_out := getattr(self.trainer.strategy, "share_out", None):
+            share_out(self.model)
 
     def _prepare_training(self, device: torch.device) -> None:
         """Choose the path of training steps; refuse a model that would mix the sequences of a packed row."""
@@ -162,7 +170,8 @@ class QLoRAModule(LightningModule):
         return torch.autocast((device or self.device).type, self._compute_dtype, enabled=self._compute_dtype != torch.float32)
 
     def on_train_start(self) -> None:
-        """A resumed optimizer's state is there already; the plan of memory must not count it twice."""
+        """Ranks begin alike. A resumed optimizer's state is there already; the plan of memory must not count it twice."""
+        begin_alike(self.trainer.strategy, self.flat, self.trainer.global_step)
         if self._runner:
             self._runner.planner.count_state(*state_bytes(self.trainer.optimizers[0]))
 
@@ -200,22 +209,20 @@ class QLoRAModule(LightningModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """This microbatch's share of the step's loss.
 
-        The step's loss is (sum over all its supervised tokens) / (their number). Lightning divides what is returned by
-        ``accumulate_grad_batches`` and a distributed strategy averages over ranks, so both are multiplied in here.
+        The step's loss is (sum over all its supervised tokens, of all ranks) / (their number). Lightning divides what is returned by
+        ``accumulate_grad_batches``, so that is multiplied in here; strategies of ours add ranks up, and average nothing.
         """
         loss_sum = self._runner.cross_entropy_sum(batch) if self._runner else self.cross_entropy_sum(batch)
         share = loss_sum / batch["tokens_in_step"]
         self._step_loss = self._step_loss + share.detach()
-        return share * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
+        return share * self.trainer.accumulate_grad_batches
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Log the step's loss, the norm of its gradient before clipping, and the learning rate that it uses."""
-        self.grad_norm = self.flat.gradient_norm()
-        self.log("train/loss", self._step_loss)
-        self.log("train/grad_norm", self.grad_norm)
-        self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
-        loss, norm = torch.stack([self._step_loss, self.grad_norm]).tolist()  # once a step the host waits for the device: here
-        self._step_loss = torch.zeros(())
+        """Add up what the ranks have computed; log the step's loss, its gradient's norm before clipping, and the rate that it uses."""
+        end = StepEnd(self.trainer.strategy, self.flat, self._step_loss, self.told)
+        self.grad_norm, self.heard, self._step_loss = end.grad_norm, end.heard, torch.zeros(())
+        self.log_dict({"train/loss": end.loss, "train/grad_norm": end.grad_norm, "train/learning_rate": optimizer.param_groups[0]["lr"]})
+        loss, norm = end.numbers
         if not math.isfinite(loss + norm):  # weights and optimizer state never see it
             self.on_nonfinite(loss, norm)
             self.flat.withhold()
@@ -261,10 +268,11 @@ class QLoRAModule(LightningModule):
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[Answer]:
         """Answers to a batch of left-padded prompts, ``input_ids`` and ``attention_mask`` [B, T], drawn as ``generation`` says."""
+        if not batch["numbers"]:  # it only keeps this rank in time
+            return []
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         assistant = Assistant(self.model, data.tokenizer, data.renderer, self._compute_dtype)
-        numbers = self.trainer.predict_loop.current_batch_indices
-        return assistant.complete(batch["input_ids"], batch["attention_mask"], self.generation, numbers)
+        return assistant.complete(batch["input_ids"], batch["attention_mask"], self.generation, batch["numbers"])
 
     # ---- state ----
 

@@ -25,6 +25,13 @@ CLASSES = (
 TRUST = "QLORA_LIGHTNING_TRUST"
 """Environment variable in which a user names further packages, with commas between; a recipe cannot set it."""
 
+STRATEGIES = {
+    name: f"qlora_lightning.strategies.{kind}"
+    for name, kind in {"qlora": "QLoRAStrategy", "qlora_ddp": "QLoRADDPStrategy", "qlora_fsdp2": "QLoRAFSDP2Strategy"}.items()
+}
+"""Plain names of ``trainer.strategy``. As a class a strategy takes over what is set already, the shared defaults' options among it; as a
+name it would not."""
+
 MOST_VALUES = 100_000
 """In a YAML, with what it repeats by name counted each time; a recipe has a hundred."""
 
@@ -57,7 +64,20 @@ def _load_yaml(text: str) -> Any:
         raise UserError(
             f"a YAML may hold {MOST_VALUES:,} values at most, and this one stands for more: {text[:60]!r}…; write it out shorter"
         )
-    return _datasets_as_files(value)
+    return _strategy_as_class(_datasets_as_files(value))
+
+
+def find_strategy(name: str) -> str:
+    """A plain name as its class, in JSON; anything else as it is."""
+    return json.dumps({"class_path": STRATEGIES[name]}) if name in STRATEGIES else name
+
+
+def _strategy_as_class(value: Any) -> Any:
+    """``trainer: {strategy: qlora_ddp}`` as its class: see ``STRATEGIES``."""
+    trainer = value.get("trainer") if isinstance(value, dict) else None
+    if isinstance(trainer, dict) and trainer.get("strategy") in [*STRATEGIES]:
+        return {**value, "trainer": {**trainer, "strategy": {"class_path": STRATEGIES[trainer["strategy"]]}}}
+    return value
 
 
 def _datasets_as_files(value: Any) -> Any:

@@ -15,10 +15,11 @@ from qlora_lightning.lightning_cli import QLoRACLI, resolve_names
 from qlora_lightning.measuring import Measured, measure
 from qlora_lightning.parser import OneLineParser, without
 from qlora_lightning.plan.advice import Change, least_gib
+from qlora_lightning.plan.fleet import one_device_of
 from qlora_lightning.plan.memory import MODES, MemoryPlan
 from qlora_lightning.plan.outlook import Outlook, Saves
 from qlora_lightning.plan.run import plan_table
-from qlora_lightning.plan.target import SIZES, gpu_of, this_device
+from qlora_lightning.plan.target import SIZES, gpu_of, share_of_host, this_device
 from qlora_lightning.recipes import shared_defaults
 from qlora_lightning.run_folder import named_folder
 
@@ -67,6 +68,7 @@ class PlanCLI(QLoRACLI):
     Attributes:
         given: the parsed options.
         of_fit: the options among those given that a fit understands.
+        fleet: the devices that they ask for; Trainer and all else are built for one of them.
     """
 
     def __init__(self, options: list[str]) -> None:
@@ -86,6 +88,14 @@ class PlanCLI(QLoRACLI):
             raise UserError(f"--gpu-gib must be above 0, got {gib:g}; give the size of a GPU in GiB")
         if gib is not None and self.given.measure:
             raise UserError(f"--measure measures this machine's device, but --gpu-gib {gib:g} is given; leave one of them out")
+        if gib is not None:
+            self.given.trainer.accelerator = "auto"  # its devices need not be here
+        self.fleet = one_device_of(self.given)
+        if self.fleet.ranks > 1 and self.given.measure:
+            raise UserError(
+                f"--measure measures a step of one device, but there are {self.fleet.ranks}; add --trainer.devices 1 --trainer.num_nodes 1 "
+                f"--trainer.accumulate_grad_batches N, where N is {self.fleet.ranks} times the fit's"
+            )
         self.given.trainer.default_root_dir = str(named_folder(self.given))
         self.given.ckpt_path = None
         self._continues = False
@@ -95,20 +105,22 @@ class PlanCLI(QLoRACLI):
 
     def after_instantiate_classes(self) -> None:
         super().after_instantiate_classes()
+        self.datamodule.check(self.trainer.accumulate_grad_batches, self.fleet.ranks)
         self.datamodule.setup("fit")
         self.datamodule.trainer = self.model.trainer = self.trainer
 
     def outlook(self) -> Outlook:
         """The plan, for the devices that are asked about."""
         device = self.trainer.strategy.root_device
+        here = share_of_host(this_device(device), self.fleet.devices)
         if self.given.gpu_gib is not None:
             targets = [gpu_of(self.given.gpu_gib)]
         elif device.type == "cuda" or self.given.measure:
-            targets = [this_device(device)]
+            targets = [here]
         else:
-            targets = [this_device(device), *map(gpu_of, SIZES)]
+            targets = [here, *map(gpu_of, SIZES)]
         saves = Saves(self.given.checkpoint.every_n_steps, self.given.checkpoint.keep)
-        return Outlook(self.trainer, self.model, self.datamodule, saves, targets)
+        return Outlook(self.trainer, self.model, self.datamodule, saves, targets, self.fleet)
 
     def _run_subcommand(self, subcommand: str) -> None:
         """There is nothing to run."""

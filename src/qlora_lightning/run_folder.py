@@ -6,15 +6,19 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import SaveConfigCallback
 
 from qlora_lightning.callbacks.adapter_checkpoint import FOLDER
 from qlora_lightning.callbacks.run_files import MMLU_FOLDER, NONFINITE_FILE, SAMPLES_FILE
 from qlora_lightning.console import say
+from qlora_lightning.disk import write_whole
 from qlora_lightning.errors import UserError
 from qlora_lightning.modeling.adapters import ADAPTER_FILE
+from qlora_lightning.redaction import redacted
 from qlora_lightning.strategies.checkpoint_io import furthest_checkpoint
 
-METRICS_FILE = "metrics.csv"
+METRICS_FILE, CONFIG_FILE = "metrics.csv", "config.yaml"
 DELETED = ".deleted"
 """Ends the name of a folder of checkpoints that is being deleted."""
 
@@ -93,6 +97,12 @@ def check_folder(root: Path, continues: bool, overwrite: bool, source: Path | No
         )
 
 
+def check_seen(source: str | None) -> None:
+    """Raise UserError unless this machine sees what the first rank has found to start from, a checkpoint or an adapter folder."""
+    if source is not None and not Path(source).exists():
+        raise UserError(f"every machine must see what --ckpt_path names, and {source} is not here; put the run folder on a shared disk")
+
+
 def clear_folder(root: Path) -> None:
     """Delete the checkpoints, metrics, samples, MMLU evaluations and list of steps without an update of an earlier run."""
     deleted = root / f"{FOLDER}{DELETED}"
@@ -108,3 +118,31 @@ def clear_folder(root: Path) -> None:
 def lies_in(path: Path, folder: Path) -> bool:
     """Whether ``path`` is ``folder`` or something in it."""
     return path.resolve().is_relative_to(folder.resolve())
+
+
+class RunFolder(SaveConfigCallback):
+    """Clear the run folder of an earlier run where that was asked for, and write the configuration into it and to the loggers.
+
+    Not before the fit starts, with its data read and its model loaded: what fails until then must not cost the earlier run. By then every
+    rank has been told which checkpoint it starts from.
+    """
+
+    continues = False
+    """Whether the run goes on with what the folder holds; set before the Trainer runs."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Nothing yet."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            self._begin(trainer, Path(trainer.default_root_dir))
+        trainer.strategy.barrier()
+
+    def _begin(self, trainer: Trainer, root: Path) -> None:
+        if not self.continues:
+            clear_folder(root)
+        config = self.config.clone()
+        config.overwrite, config.ckpt_path = False, None  # of this start, not of the run
+        write_whole(root / CONFIG_FILE, redacted(self.parser.dump(config, skip_none=False)))
+        for logger in trainer.loggers:
+            logger.log_hyperparams(config.as_dict())

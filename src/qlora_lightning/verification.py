@@ -24,6 +24,7 @@ from qlora_lightning.data.stream import BEGINNING
 from qlora_lightning.errors import UserError
 from qlora_lightning.lightning_cli import QLoRACLI, resolve_names
 from qlora_lightning.parser import OneLineParser, without
+from qlora_lightning.plan.fleet import one_device_of
 from qlora_lightning.recipes import shared_defaults
 from qlora_lightning.run_folder import find_checkpoint
 from qlora_lightning.verify import gradients
@@ -83,6 +84,7 @@ class VerificationCLI(QLoRACLI):
     Attributes:
         given: the parsed options.
         checks: which to make.
+        fleet: the devices that the fit asks for; Trainer and all else are built for one of them.
     """
 
     def __init__(self, options: list[str], root: Path) -> None:
@@ -98,6 +100,7 @@ class VerificationCLI(QLoRACLI):
         """The user's own run folder is neither read nor written; an adapter to start from is."""
         self.root.mkdir(parents=True)
         self.given = self.config[self.subcommand]
+        self.fleet = one_device_of(self.given)
         self.checks = chosen_checks(self.given.checks)
         if self.given.rows is not None and self.given.rows < 1:
             raise UserError(f"--rows must be 1 or more, got {self.given.rows}; leave it out for two optimizer steps' worth")
@@ -106,6 +109,10 @@ class VerificationCLI(QLoRACLI):
             raise UserError(f"verify starts anew or from an adapter folder, got --ckpt_path {checkpoint}; give the folder beside it")
         self.given.ckpt_path = None
         self._continues = False
+
+    def after_instantiate_classes(self) -> None:
+        super().after_instantiate_classes()
+        self.datamodule.check(self.trainer.accumulate_grad_batches, self.fleet.ranks)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         trainer = super().instantiate_trainer(**kwargs)
@@ -152,6 +159,8 @@ class Verification:
 
     def __post_init__(self) -> None:
         self.cli = VerificationCLI(self.options, self.folder / "whole")
+        if self.cli.fleet.ranks > 1:
+            say(f"{self.cli.fleet}: one of them is verified, with all rows of a step; the check `ranks` divides a step over two processes")
         self.data = self.cli.datamodule
         self.data.setup("fit")
         if self.data.streaming:
@@ -221,7 +230,8 @@ class Verification:
         return Findings(found.measured, "; ".join(part for part in (f"resumed {where}", found.note) if part))
 
     def _in_a_new_process(self, root: Path, checkpoint: Path) -> None:
-        options = [*without(self.options, _OWN), *run_options(root), "--ckpt_path", str(checkpoint)]
+        alone = ["--trainer.strategy=qlora", "--trainer.num_nodes=1", f"--trainer.devices={self.cli.given.trainer.devices}"]
+        options = [*without(self.options, _OWN), *run_options(root), *alone, "--ckpt_path", str(checkpoint)]
         say(f"Resuming behind step {STOP} in a new process")
         ended = subprocess.run([sys.executable, "-m", "qlora_lightning.cli", "fit", *options], capture_output=True, text=True)
         if ended.returncode:

@@ -5,6 +5,7 @@ import torch
 
 from qlora_lightning.data.collate import Collator
 from qlora_lightning.data.dataset import IGNORED, TokenizedExample
+from qlora_lightning.data.heldout import HeldoutPrompt
 from qlora_lightning.data.steps import Microbatch
 
 PAD = 3
@@ -84,6 +85,8 @@ def test_no_example_is_a_target_of_the_one_before_it() -> None:
 
 
 def test_prompts_end_at_the_right() -> None:
-    batch = COLLATOR.prompts([np.array([0, 10, 11, 12, 13], dtype=np.int32), np.array([0, PAD], dtype=np.int32)])
+    long, short = np.array([0, 10, 11, 12, 13], dtype=np.int32), np.array([0, PAD], dtype=np.int32)
+    batch = COLLATOR.prompts([HeldoutPrompt(long, 4), HeldoutPrompt(short, 5)])
+    assert batch["numbers"] == [4, 5]
     assert batch["input_ids"].tolist() == [[PAD] * 3 + [0, 10, 11, 12, 13], [PAD] * 6 + [0, PAD]]
     assert batch["attention_mask"].tolist() == [[0] * 3 + [1] * 5, [0] * 6 + [1] * 2]

@@ -19,7 +19,9 @@ from qlora_lightning.interruption import Interrupted
 from qlora_lightning.loggers import RunCSVLogger, RunWandbLogger
 from qlora_lightning.modeling.adapters import METADATA_FILE, save_adapter
 from qlora_lightning.module import QLoRAModule
+from qlora_lightning.ranks import check_ranks_alike
 from qlora_lightning.redaction import redacted_values
+from qlora_lightning.strategies import PagedStrategy
 from qlora_lightning.strategies.checkpoint_io import PARTIAL, DamagedCheckpoint, read_checkpoint
 
 FOLDER, DRAFT = "checkpoints", ".next"
@@ -106,20 +108,30 @@ class AdapterCheckpoint(Checkpoint):
             self._remove_old(trainer)
 
     def _save(self, trainer: Trainer, name: str, also: str | None = None) -> None:
-        """Write a checkpoint and its adapter folder as ``name``; as ``also`` before, which is a further name of the same files."""
-        place = run_checkpoints(trainer) / name
-        with _naming_disk_trouble(trainer, place.parent):
-            if trainer.is_global_zero:
+        """Write a checkpoint and its adapter folder as ``name``; as ``also`` before, which is a further name of the same files.
+
+        Every rank tells its part; rank 0 writes, and the others wait and end with it where it cannot.
+        """
+        strategy, module, place = trainer.strategy, trainer.lightning_module, run_checkpoints(trainer) / name
+        assert isinstance(strategy, PagedStrategy) and isinstance(module, QLoRAModule)
+        check_ranks_alike(strategy, module.flat, trainer.global_step)
+        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+
+        def write(file: Path) -> None:
+            strategy.checkpoint_io.save_checkpoint(checkpoint, file)
+
+        def write_all() -> None:
+            with _naming_disk_trouble(trainer, place.parent):
                 self._draft_adapter(trainer, place)
-            if also is None:
-                _publish(trainer, place, trainer.save_checkpoint)
-                return
-            step = place.with_name(also)
-            if trainer.is_global_zero:
+                if also is None:
+                    _publish(place, write)
+                    return
+                step = place.with_name(also)
                 link_tree(_draft(place), _draft(step))
-            _publish(trainer, step, trainer.save_checkpoint)
-            if trainer.is_global_zero:
-                _publish(trainer, place, lambda file: _name_too(step.with_suffix(".ckpt"), file))
+                _publish(step, write)
+                _publish(place, lambda file: _name_too(step.with_suffix(".ckpt"), file))
+
+        strategy.on_first_rank(write_all)
 
     def _draft_adapter(self, trainer: Trainer, place: Path) -> None:
         """Write the folder that is to be at ``place`` beside it, its metadata last: what has those is whole."""
@@ -164,13 +176,13 @@ def _draft(place: Path) -> Path:
     return place.with_name(place.name + DRAFT)
 
 
-def _publish(trainer: Trainer, place: Path, write: Callable[[Path], None]) -> None:
+def _publish(place: Path, write: Callable[[Path], None]) -> None:
     """Put the drafted adapter folder at ``place``, and beside it the checkpoint that ``write`` writes.
 
     A new folder comes first: a checkpoint whose name is there has an adapter beside it. In place of another it comes after: until the
     checkpoint's name is there the earlier pair stands, and from then on ``put_right`` can finish what a kill leaves.
     """
-    first = trainer.is_global_zero and not place.exists()
+    first = not place.exists()
     if first:
         replace_folder(_draft(place), place)
     try:
@@ -179,7 +191,7 @@ def _publish(trainer: Trainer, place: Path, write: Callable[[Path], None]) -> No
         if first:
             shutil.rmtree(place)
         raise
-    if trainer.is_global_zero and not first:
+    if not first:
         replace_folder(_draft(place), place)
 
 

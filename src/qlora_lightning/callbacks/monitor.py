@@ -1,4 +1,4 @@
-"""Throughput, memory and the share of supervised tokens, once an optimizer step."""
+"""Throughput, memory and the share of supervised tokens, of all ranks, once an optimizer step."""
 
 import resource
 import sys
@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
 from qlora_lightning.console import say
+from qlora_lightning.module import QLoRAModule
 from qlora_lightning.optim import state_bytes
 
 GIB = 2**30
@@ -26,7 +27,10 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 class Monitor(Callback):
-    """Logs train/tokens_per_second (non-padding input tokens), train/supervised_fraction and memory/peak_gib."""
+    """Logs train/tokens_per_second (non-padding input tokens), train/supervised_fraction and memory/peak_gib.
+
+    Tokens are those of all ranks, the peak is the highest of any rank.
+    """
 
     def __init__(self) -> None:
         self._started = 0.0
@@ -50,15 +54,24 @@ class Monitor(Callback):
         """Count so many seconds that have just passed as no training step's."""
         self._started += seconds
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._tokens += batch["num_tokens"]
         self._supervised += batch["num_supervised"]
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        assert isinstance(pl_module, QLoRAModule)
+        pl_module.told |= {"tokens": self._tokens, "supervised": self._supervised, "peak_gib": peak_memory_gib(pl_module.device)}
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        assert isinstance(pl_module, QLoRAModule)
         if trainer.global_step == self._step:
             return  # the step is not complete
-        now = time.perf_counter()
-        pl_module.log("train/tokens_per_second", self._tokens / (now - self._started))
-        pl_module.log("train/supervised_fraction", self._supervised / self._tokens)
-        pl_module.log("memory/peak_gib", peak_memory_gib(pl_module.device))
+        now, heard = time.perf_counter(), pl_module.heard
+        tokens, supervised = (sum(one[name] for one in heard) for name in ("tokens", "supervised"))
+        pl_module.log("train/tokens_per_second", tokens / (now - self._started))
+        pl_module.log("train/supervised_fraction", supervised / tokens)
+        # this rank's with its update counted, the others' up to theirs
+        pl_module.log("memory/peak_gib", max(peak_memory_gib(pl_module.device), *(one["peak_gib"] for one in heard)))
         if not self._said and trainer.optimizers[0].state:  # a first step that was skipped has none
             self._said = True
             say_optimizer_state(trainer.optimizers[0])

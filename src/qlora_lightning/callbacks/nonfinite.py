@@ -1,4 +1,7 @@
-"""Steps whose loss or gradient is no finite number: never applied, named with their rows, and ended or passed over as the user says."""
+"""Steps whose loss or gradient is no finite number: never applied, named with their rows, and ended or passed over as the user says.
+
+Loss and norm are sums over ranks, the same on each, so all ranks decide alike; the rows are those of all ranks.
+"""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +15,7 @@ from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.data.dataset import Numbers
 from qlora_lightning.errors import UserError, check_least
 from qlora_lightning.module import QLoRAModule
+from qlora_lightning.strategies import PagedStrategy
 
 _NAMED = 20
 """Rows that a line names at most; ``nonfinite.json`` has all."""
@@ -47,7 +51,7 @@ class Nonfinite(Callback):
         self._step = trainer.global_step
         pl_module.on_nonfinite = lambda loss, norm: self._handle(trainer, loss, norm)
         root = Path(trainer.default_root_dir)
-        if steps := read_nonfinite(root):  # a run that goes on from an earlier step meets the later ones again
+        if trainer.is_global_zero and (steps := read_nonfinite(root)):  # a run that goes on from an earlier step meets the later ones again
             write_nonfinite(root, [step for step in steps if step["step"] <= self._step])
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -67,9 +71,12 @@ class Nonfinite(Callback):
     def _handle(self, trainer: Trainer, loss: float, norm: float) -> None:
         """Write the step down; end the run or let it go on without the update."""
         step, root = trainer.global_step + 1, Path(trainer.default_root_dir)
-        sets = rows_by_set(np.concatenate(self._examples), trainer.datamodule)  # type: ignore[attr-defined]
+        assert isinstance(trainer.strategy, PagedStrategy)
+        of_ranks = trainer.strategy.of_every_rank(np.concatenate(self._examples).tolist())
+        examples = np.concatenate([np.array(examples, np.int64) for examples in of_ranks])
+        sets = rows_by_set(examples, trainer.datamodule)  # type: ignore[attr-defined]
         record = {"step": step, "loss": f"{loss:.6g}", "grad_norm": f"{norm:.6g}", "sets": sets}
-        write_nonfinite(root, [*read_nonfinite(root), record])
+        trainer.strategy.on_first_rank(lambda: write_nonfinite(root, [*read_nonfinite(root), record]))
         found = f"step {step} has loss {loss:.4g} and gradient norm {norm:.4g}; its rows are {_named(sets)}"
         if self.policy == "stop":
             raise UserError(

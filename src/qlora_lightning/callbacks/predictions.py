@@ -16,14 +16,18 @@ from qlora_lightning.console import say
 from qlora_lightning.data.formats import Conversation
 from qlora_lightning.generation import GenerationSpec
 from qlora_lightning.module import QLoRAModule
+from qlora_lightning.strategies import QLoRAFSDP2Strategy
 
 PREDICTIONS_FILE = "predictions.jsonl"
+LOOK_SECONDS = 0.2
+"""Between two looks at whether another rank is done."""
 
 
 class Predictions(BasePredictionWriter):
     """Write answers beside their references as batches end; the file appears when all are there, in the order of the held-out rows.
 
-    Each rank keeps its answers in a file of its own until then.
+    Each rank keeps its answers in a file of its own, which gets another name when they are complete. The first rank waits for those names:
+    answers may keep one rank an hour longer than another, and no collective operation should have to wait for that long.
 
     Args:
         max_new_tokens: Longest answer of predict, in tokens.
@@ -45,8 +49,11 @@ class Predictions(BasePredictionWriter):
         pl_module.generation = self.spec
         self._conversations = trainer.datamodule.heldout_conversations()  # type: ignore[attr-defined]
         root = Path(trainer.default_root_dir)
-        self._parts = [root / f"{PREDICTIONS_FILE}.partial-{rank}" for rank in range(trainer.world_size)]
-        self._parts[trainer.global_rank].write_bytes(b"")
+        self._parts = [root / f"{PREDICTIONS_FILE}.part-{rank}" for rank in range(trainer.world_size)]
+        own = self._parts[trainer.global_rank]
+        own.unlink(missing_ok=True)
+        _partial(own).write_bytes(b"")
+        trainer.strategy.barrier("predictions")  # nobody takes a part of an earlier start for one of this
         self._began = time.perf_counter()
 
     def write_on_batch_end(
@@ -54,30 +61,45 @@ class Predictions(BasePredictionWriter):
         trainer: Trainer,
         pl_module: LightningModule,
         prediction: Sequence[Answer],
-        batch_indices: Sequence[int] | None,
+        batch_indices: Sequence[int] | None,  # of this rank's loader
         batch: Any,
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        """Append the answers to the prompts ``batch_indices``, each with its number."""
-        assert batch_indices is not None
-        with self._parts[trainer.global_rank].open("a", encoding="utf-8") as file:
-            for number, answer in zip(batch_indices, prediction, strict=True):
+        """Append the answers of a batch, each with the number of its conversation."""
+        with _partial(self._parts[trainer.global_rank]).open("a", encoding="utf-8") as file:
+            for number, answer in zip(batch["numbers"], prediction, strict=True):
                 conversation = self._conversations[number]
                 row = {"prompt": asked(conversation), **asdict(answer), "reference": conversation[-1].content}
                 file.write(json.dumps([number, row], ensure_ascii=False) + "\n")
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Once all ranks are done, the first one puts the answers together."""
-        trainer.strategy.barrier("predictions")
+        own = self._parts[trainer.global_rank]
+        _partial(own).replace(own)
+        if isinstance(trainer.strategy, QLoRAFSDP2Strategy):
+            trainer.strategy.barrier("predictions")  # where a rank that is done helps the others, who need its share of the base
         if not trainer.is_global_zero:
             return
-        rows: dict[int, dict[str, Any]] = dict(json.loads(line) for part in self._parts for line in part.open(encoding="utf-8"))
+        while not all(part.is_file() for part in self._parts):
+            time.sleep(LOOK_SECONDS)
+        rows = sorted(((number, row) for part in self._parts for number, row in _numbered(part)), key=lambda pair: pair[0])
+        assert len({number for number, _ in rows}) == len(rows)
         target = self._parts[0].with_name(PREDICTIONS_FILE)
         ordered = target.with_name(f"{PREDICTIONS_FILE}.ordered")
-        ordered.write_text("".join(json.dumps(rows[number], ensure_ascii=False) + "\n" for number in sorted(rows)), encoding="utf-8")
+        ordered.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for _, row in rows), encoding="utf-8")
         ordered.replace(target)
         for part in self._parts:
             part.unlink()
-        seconds, tokens = time.perf_counter() - self._began, sum(row["generated_tokens"] for row in rows.values())
+        seconds, tokens = time.perf_counter() - self._began, sum(row["generated_tokens"] for _, row in rows)
         say(f"{len(rows)} answers, {tokens:,} tokens in {seconds:.1f} s ({tokens / seconds:,.1f} tokens/s): {target}")
+
+
+def _partial(part: Path) -> Path:
+    """The name of a rank's file while it is written."""
+    return part.with_name(part.name.replace(".part-", ".partial-"))
+
+
+def _numbered(part: Path) -> list[tuple[int, dict[str, Any]]]:
+    with part.open(encoding="utf-8") as file:
+        return [(number, row) for number, row in map(json.loads, file)]

@@ -13,14 +13,16 @@ from qlora_lightning.callbacks.run_files import SAMPLE_COLUMNS, SAMPLES_FILE, dr
 from qlora_lightning.console import console, say
 from qlora_lightning.data.excerpts import harmless
 from qlora_lightning.data.formats import Conversation
+from qlora_lightning.data.heldout import in_turn
 from qlora_lightning.errors import UserError
 from qlora_lightning.generation import Assistant, GenerationSpec
 from qlora_lightning.loggers import RunWandbLogger
 from qlora_lightning.module import QLoRAModule
+from qlora_lightning.strategies import PagedStrategy
 
 
 class Samples(Callback):
-    """Answer held-out prompts greedily while a model learns.
+    """Answer held-out prompts greedily while a model learns. Ranks share the prompts, a batch at a time, so that none waits for long.
 
     Each time the answers go into ``samples.jsonl`` of the run folder and to W&B, as one table that grows; at the end those of the untrained
     and the trained model are printed beside each other.
@@ -90,23 +92,26 @@ class Samples(Callback):
             return
         if self._answered != trainer.global_step:
             self._answer(trainer, pl_module)
-        console.print(self._comparison())
-        say(f"Samples: {Path(trainer.default_root_dir, SAMPLES_FILE)}")
+        if trainer.is_global_zero:
+            console.print(self._comparison())
+            say(f"Samples: {Path(trainer.default_root_dir, SAMPLES_FILE)}")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A run that was killed between its last save and these answers has no step left, and Lightning no end of training for it."""
-        written = read_samples(Path(trainer.default_root_dir))
-        if all(row["step"] != trainer.global_step for row in written):
+        written = read_samples(Path(trainer.default_root_dir)) if trainer.is_global_zero else []
+        missing = all(row["step"] != trainer.global_step for row in written)
+        if trainer.strategy.broadcast(missing):  # the first rank's word: others may look before it has written
             self.on_train_end(trainer, pl_module)
 
     def _answer(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Answer all prompts, as many at once as validation has rows in a batch, and write down what the model says now."""
-        assert isinstance(pl_module, QLoRAModule)
+        assert isinstance(pl_module, QLoRAModule) and isinstance(trainer.strategy, PagedStrategy)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         assistant = Assistant(pl_module.model, data.tokenizer, data.renderer, pl_module.dtype_of_compute)
         starts = range(0, len(self._conversations), data.eval_batch_size)
         batches = [self._conversations[start : start + data.eval_batch_size] for start in starts]
-        self._latest = [answer for batch in batches for answer in assistant.answer(batch, self.spec)]
+        mine = [assistant.answer(batch, self.spec) for batch in batches[trainer.global_rank :: trainer.world_size]]
+        self._latest = [answer for batch in in_turn(trainer.strategy.of_every_rank(mine)) for answer in batch]
         self._answered = trainer.global_step
         if trainer.is_global_zero:
             self._record(trainer)

@@ -3,6 +3,9 @@
 Lightning heeds SIGTERM between microbatches, where half a step is lost and dropout's random stream has moved on, and not Ctrl-C at all; on
 SLURM it writes a checkpoint of its own from inside the signal's handler, in the middle of whatever is going on. The handlers here take the
 place of all three.
+
+Of several ranks each stops behind the same step: which signal a rank has got goes to the others with the step's gradient, so that one that
+comes later than that is heeded a step later.
 """
 
 import os
@@ -13,11 +16,14 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.optim import Optimizer
 
 from qlora_lightning.callbacks.adapter_checkpoint import run_checkpoints
 from qlora_lightning.interruption import Interrupted, end_now
+from qlora_lightning.module import QLoRAModule
 
 ASKED = b"Stopping when this step has ended, or at once in a validation; Ctrl-C ends without saving\n"
 
@@ -30,6 +36,10 @@ class StopBetweenSteps(Callback):
 
     def __init__(self) -> None:
         self._asked: int | None = None
+        """The signal that this rank has got."""
+        self._agreed: int | None = None
+        """The signal that some rank had got when the last step ended."""
+        self._speaks = True
         self._job: str | None = None
         self._requeue_signal: int | None = None
         self._step = 0
@@ -45,7 +55,7 @@ class StopBetweenSteps(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the requeue signal: Lightning leaves one alone that has a handler already. Let a finished run end its validation."""
-        self._begun = True
+        self._begun, self._speaks = True, trainer.is_global_zero
         environment = trainer._accelerator_connector.cluster_environment
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
             assert environment.requeue_signal is not None
@@ -68,11 +78,18 @@ class StopBetweenSteps(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """By now the metrics of the step before are logged, and its validation, if any, has run."""
-        self._stop_if_asked(trainer)
+        self._stop_if_asked(trainer, self._asked if trainer.world_size == 1 else self._agreed)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        assert isinstance(pl_module, QLoRAModule)
+        pl_module.told["signal"] = self._asked or 0
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        assert isinstance(pl_module, QLoRAModule)
         self._between = trainer.global_step != self._step
         self._step = trainer.global_step
+        if self._between:
+            self._agreed = next((int(one["signal"]) for one in pl_module.heard if one["signal"]), None)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stop_in_validation(trainer)
@@ -84,12 +101,13 @@ class StopBetweenSteps(Callback):
 
     def _stop_in_validation(self, trainer: Trainer) -> None:
         if trainer.state.fn == "fit":
-            self._validation_due = self._asked is not None and self._between and not trainer.sanity_checking
-            self._stop_if_asked(trainer)
+            asked = self._asked if trainer.world_size == 1 else _of_any_rank(self._asked, trainer)
+            self._validation_due = asked is not None and self._between and not trainer.sanity_checking
+            self._stop_if_asked(trainer, asked)
 
-    def _stop_if_asked(self, trainer: Trainer) -> None:
-        if self._asked is not None and self._between:
-            asked, self._asked = self._asked, None
+    def _stop_if_asked(self, trainer: Trainer, asked: int | None) -> None:
+        if asked is not None and self._between:
+            self._asked = self._agreed = None
             job = self._job if asked == self._requeue_signal and trainer.is_global_zero else None
             raise Interrupted(asked, step=trainer.global_step, job=job)
 
@@ -113,7 +131,14 @@ class StopBetweenSteps(Callback):
             signal.signal(signal.SIGINT, end_now)
         if self._asked is None:
             self._asked = number
-            os.write(2, ASKED)  # not through the console, which the signal may have interrupted in the middle of a write
+            if self._speaks:
+                os.write(2, ASKED)  # not through the console, which the signal may have interrupted in the middle of a write
+
+
+def _of_any_rank(asked: int | None, trainer: Trainer) -> int | None:
+    """In a validation, of which every rank has as many batches: the signal that some rank has got."""
+    of_ranks = trainer.strategy.all_gather(torch.tensor(asked or 0, device=trainer.strategy.root_device))
+    return max(of_ranks.tolist()) or None
 
 
 def slurm_job() -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qlora_lightning.data.dataset import IGNORED, TokenizedExample
-from qlora_lightning.data.heldout import HeldoutExample
+from qlora_lightning.data.heldout import HeldoutExample, HeldoutPrompt
 from qlora_lightning.data.steps import Microbatch
 
 
@@ -65,6 +65,8 @@ class PromptBatch(TypedDict):
 
     input_ids: Tensor
     attention_mask: Tensor
+    numbers: list[int]
+    """Of the conversations that are asked; none in a batch that only keeps a rank in time."""
 
 
 @dataclass(frozen=True)
@@ -122,12 +124,13 @@ class Collator:
             row_targets=(batch["labels"][:, 1:] != IGNORED).sum(1).tolist(),
         )
 
-    def prompts(self, prompts: Sequence[npt.NDArray[np.int32]]) -> PromptBatch:
+    def prompts(self, prompts: Sequence[HeldoutPrompt]) -> PromptBatch:
         """Token ids of prompts, left-padded."""
-        lengths = torch.tensor([len(prompt) for prompt in prompts])
-        input_ids = self._pad([prompt[::-1] for prompt in prompts], self.filler_id).flip(1)
+        lengths = torch.tensor([len(prompt.input_ids) for prompt in prompts])
+        input_ids = self._pad([prompt.input_ids[::-1] for prompt in prompts], self.filler_id).flip(1)
         mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).flip(1)
-        return PromptBatch(input_ids=input_ids, attention_mask=mask.long())
+        numbers = [prompt.number for prompt in prompts if prompt.number is not None]
+        return PromptBatch(input_ids=input_ids, attention_mask=mask.long(), numbers=numbers)
 
     def _pad(self, rows: Sequence[npt.NDArray[np.int32]], filler: int) -> Tensor:
         multiple = self.pad_to_multiple_of

@@ -14,10 +14,11 @@ from qlora_lightning.data.collate import Collator
 from qlora_lightning.data.dataset import DataReport, TokenizedDataset
 from qlora_lightning.data.encoder import Encoder, encode_prompts
 from qlora_lightning.data.formats import Conversation
-from qlora_lightning.data.heldout import HeldoutExamples, in_turn
+from qlora_lightning.data.heldout import HeldoutExamples, HeldoutPrompts, in_turn
 from qlora_lightning.data.packing import check_pack_length
 from qlora_lightning.data.rendering import Renderer, load_renderer
 from qlora_lightning.data.sets import InstructionSet, RowSet, merged, with_style_of
+from qlora_lightning.data.shares import share_here
 from qlora_lightning.data.spec import DatasetSpec, MixPart
 from qlora_lightning.data.steps import StepShape, check_division, own_generator
 from qlora_lightning.data.stream import StreamedSet
@@ -33,7 +34,7 @@ _PACKED_ROW = 2048  # tokens: rows long enough to fill well, short enough for at
 class InstructionDataModule(LightningDataModule):
     """Instruction data for finetuning: whole optimizer steps of ``global_batch_size`` examples, whatever the microbatches and GPUs.
 
-    Validation reads every row on every rank, longest first. Prediction gives the validation conversations without their last answer.
+    Validation reads the rows longest first, each on one rank. Prediction gives the validation conversations without their last answer.
 
     Args:
         dataset: The instruction set: a YAML file (--data.dataset FILE.yaml), single fields of which can be set on the command line
@@ -124,7 +125,8 @@ class InstructionDataModule(LightningDataModule):
             self.val_set, self.val_report = merged(held)
         if stage in (None, "fit") and not self.streaming and self.train_report is None:
             self.train_set, self.train_report = merged([(one.training, one.weight) for one in self.sets])
-            self._check_pack_length()
+            if self.packing and self._pack_length is not None:
+                check_pack_length(self._pack_length, int(self.train_set.lengths.max()))
         if stage in (None, "fit") and self.streaming:
             self._streamed.check()
         if self.val_set is None and stage in ("validate", "test", "predict") and self.heldout == "required":
@@ -137,8 +139,10 @@ class InstructionDataModule(LightningDataModule):
         if self.sets:
             return
         self._load_style()
+        if self.streaming and self.mix:
+            raise UserError("data.mix needs rows that are prepared first, but data.streaming is true; leave one of them out")
         if self.streaming:
-            self._open_stream()
+            self.sets = [StreamedSet(self.spec, self.tokenizer, self.seed)]
             return
         specs = [(self.spec, 1.0), *((with_style_of(self.spec, part), part.weight) for part in self.mix)]
         self.sets = [InstructionSet(spec, self.tokenizer, self._processes, self.seed, weight) for spec, weight in specs]
@@ -146,15 +150,6 @@ class InstructionDataModule(LightningDataModule):
     def _load_style(self) -> None:
         self.tokenizer = load_tokenizer(self.base_model, self.base_revision)
         self.renderer = load_renderer(self.spec.template, self.tokenizer)
-
-    def _open_stream(self) -> None:
-        if self.mix:
-            raise UserError("data.mix needs rows that are prepared first, but data.streaming is true; leave one of them out")
-        self.sets = [StreamedSet(self.spec, self.tokenizer, self.seed)]
-
-    def _check_pack_length(self) -> None:
-        if self.packing and self._pack_length is not None:
-            check_pack_length(self._pack_length, int(self.train_set.lengths.max()))
 
     @property
     def pack_length(self) -> int | None:
@@ -223,20 +218,25 @@ class InstructionDataModule(LightningDataModule):
         return self._training.loader(self.trainer.global_step, self._collator, self.num_workers)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """Validation batches, longest examples first; no loader where there are no validation rows."""
-        if self.val_set is None:
-            return []
-        return self._loader(HeldoutExamples(self.val_set), self._collator.heldout)
+        """This rank's validation batches, longest examples first; no loader where there are no validation rows."""
+        return self._heldout_loader("val")
 
     def test_dataloader(self) -> DataLoader[Any] | list[Any]:
         """The validation rows: an instruction set has no third part."""
-        return self.val_dataloader()
+        return self._heldout_loader("test")
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """The validation prompts, left-padded, in the order of ``heldout_conversations``."""
+        """This rank's validation prompts, left-padded, in the order of ``heldout_conversations``."""
         renderings = [self.renderer.prompt(conversation) for conversation in self.heldout_conversations()]
         prompts = encode_prompts(Encoder.of(self.tokenizer, self.renderer), renderings)
-        return self._loader(prompts, self._collator.prompts)
+        share = share_here(self.trainer, "predict", len(prompts), self.eval_batch_size)
+        return self._loader(HeldoutPrompts(prompts, share), self._collator.prompts)
+
+    def _heldout_loader(self, stage: str) -> DataLoader[Any] | list[Any]:
+        if self.val_set is None:
+            return []
+        share = share_here(self.trainer, stage, len(self.val_set), self.eval_batch_size)
+        return self._loader(HeldoutExamples(self.val_set, share), self._collator.heldout)
 
     @property
     def _collator(self) -> Collator:

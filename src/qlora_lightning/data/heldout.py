@@ -11,11 +11,13 @@ from itertools import zip_longest
 from typing import NamedTuple, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from qlora_lightning.data.dataset import TokenizedDataset, TokenizedExample
+from qlora_lightning.data.dataset import IGNORED, TokenizedDataset, TokenizedExample
 from qlora_lightning.data.sets import RowSet
+from qlora_lightning.data.shares import Share
 
 _BORDERS = (128, 256, 512, 1024)
 T = TypeVar("T")
@@ -31,19 +33,45 @@ class HeldoutExample(NamedTuple):
 
 
 class HeldoutExamples:
-    """The examples of ``dataset``, longest first, so that a lack of memory shows at once and rows of like length share a batch."""
+    """A rank's share of the examples of ``dataset``, which go longest first, so that a lack of memory shows at once and rows of like length
+    share a batch. Of an example that only keeps the rank in time no token is scored."""
 
-    def __init__(self, dataset: TokenizedDataset) -> None:
-        self._dataset = dataset
+    def __init__(self, dataset: TokenizedDataset, share: Share) -> None:
+        self._dataset, self._share = dataset, share
         self._order = np.argsort(-dataset.lengths, kind="stable")
         self._sets = np.repeat(np.arange(len(dataset.parts)), [number for number, _ in dataset.parts])
 
     def __len__(self) -> int:
-        return len(self._order)
+        return len(self._share.rows)
 
     def __getitem__(self, index: int) -> HeldoutExample:
-        place = int(self._order[index])
-        return HeldoutExample(self._dataset[place], int(self._sets[place]))
+        place = int(self._order[self._share.rows[index]])
+        example = self._dataset[place]
+        if not self._share.counts(index):
+            example = example._replace(labels=np.full_like(example.labels, IGNORED))
+        return HeldoutExample(example, int(self._sets[place]))
+
+
+class HeldoutPrompt(NamedTuple):
+    """The tokens that ask for a held-out conversation's last answer."""
+
+    input_ids: npt.NDArray[np.int32]
+    number: int | None
+    """The conversation's, in the order of ``heldout_conversations``; None for a prompt that only keeps the rank in time."""
+
+
+class HeldoutPrompts:
+    """A rank's share of the prompts."""
+
+    def __init__(self, prompts: Sequence[npt.NDArray[np.int32]], share: Share) -> None:
+        self._prompts, self._share = prompts, share
+
+    def __len__(self) -> int:
+        return len(self._share.rows)
+
+    def __getitem__(self, index: int) -> HeldoutPrompt:
+        place = self._share.rows[index]
+        return HeldoutPrompt(self._prompts[place], place if self._share.counts(index) else None)
 
 
 class HeldoutSums:

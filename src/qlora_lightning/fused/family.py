@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora.bnb import Linear4bit
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from qlora_lightning.fused.block import Block
 from qlora_lightning.fused.decoder import Decoder
@@ -143,6 +144,8 @@ def check_linear(layer: Any) -> None:
     if (rank := layer.r[_ADAPTER]) > _RANKS:
         raise NotFused(f"its adapter has rank {rank}; fused are ranks up to {_RANKS}")
     weight: Any = layer.base_layer.weight
+    if isinstance(weight, DTensor):
+        raise NotFused("its 4-bit weights are divided over ranks, and the fused blocks read whole ones")
     stored = weight.quant_state  # None until there are values
     if (stored is not None and stored.blocksize != BLOCK) or weight.dtype != torch.uint8:
         raise NotFused(f"its 4-bit weights are not stored as bytes in blocks of {BLOCK}")

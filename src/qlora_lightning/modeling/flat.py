@@ -11,6 +11,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from qlora_lightning.modeling.checksum import checksum
+
 ROW = 8192
 """Values of one row of the gradient's norm; the buffers are filled up to whole rows with zeros, which stay zero."""
 PIECE = 2**26
@@ -89,6 +91,10 @@ class FlatAdapter:
         """Hide the gradient from the optimizer until ``zero_grad``: it leaves what has none as it is, values, moments and step count."""
         for piece in self.pieces:
             piece.grad = None
+
+    def checksum(self) -> int:
+        """64 bits of the values' bytes; see ``modeling/checksum.py``."""
+        return checksum(self.parameter.data)
 
     def gradient_norm(self) -> Tensor:
         """Euclidean norm of the gradient, a scalar.

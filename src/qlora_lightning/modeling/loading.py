@@ -103,6 +103,18 @@ def load_stored(source: str, storage: Storage, dtype: torch.dtype, device: torch
     Raises:
         UserError: as ``load_base_model``.
     """
+    return load_quantized(source, quantization_config(storage, dtype), storage, dtype, device, revision)
+
+
+def load_quantized(
+    source: str,
+    config: BitsAndBytesConfig | None,
+    storage: Storage,
+    dtype: torch.dtype,
+    device: torch.device,
+    revision: str | None = None,
+) -> PreTrainedModel:
+    """As ``load_stored``, with what transformers is told about ``storage``."""
     if storage != "16bit" and (reason := check_bitsandbytes(device, dtype)):
         raise UserError(f"bitsandbytes cannot work on {device} ({reason}); see `qlora-lightning doctor`")
     resolved = resolve_base(source)
@@ -112,7 +124,7 @@ def load_stored(source: str, storage: Storage, dtype: torch.dtype, device: torch
             model = AutoModelForCausalLM.from_pretrained(
                 resolved,
                 revision=revision or "main",
-                quantization_config=quantization_config(storage, dtype),
+                quantization_config=config,
                 dtype=dtype,
                 device_map={"": device},
                 use_safetensors=True,

@@ -33,6 +33,7 @@ class _Tried:
     longest: Longest
     options: dict[str, str]
     note: str = ""
+    ranks: int = 1
 
 
 def changes(
@@ -53,7 +54,7 @@ def changes(
         plan = forecast.on(target, tried.policy, tried.longest)
         return Change(tried.options, plan.step.peak, tried.note) if plan.fits else None
 
-    now = _Tried(policy, longest, {})
+    now = _Tried(policy, longest, {}, ranks=forecast.fleet.ranks)
     parts = [finder(now, data, accumulate, target, attempt) for finder in (_budget, _checkpointing, _microbatches, _bits, _length)]
     found = [change for change in parts if change is not None]
     return found or _together(now, data, accumulate, target, attempt)
@@ -94,11 +95,11 @@ def _microbatches(now: _Tried, data: InstructionDataModule, accumulate: int, tar
 
 def _smaller(now: _Tried, data: InstructionDataModule, accumulate: int) -> Iterator[_Tried]:
     """The recipe with more and smaller microbatches, the largest of them first."""
-    size = data.global_batch_size
+    size = data.global_batch_size // now.ranks
     for count in range(accumulate + 1, size + 1):
         if size % count == 0:
             rows = size // count
-            longest = bound(rows, now.longest.width) if data.streaming else longest_of(data, count)
+            longest = bound(rows, now.longest.width) if data.streaming else longest_of(data, count, now.ranks)
             yield replace(now, longest=longest, options=now.options | {"trainer.accumulate_grad_batches": str(count)})
 
 

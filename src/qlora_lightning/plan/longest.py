@@ -9,8 +9,9 @@ from lightning.pytorch import Trainer
 
 from qlora_lightning.data.collate import Collator
 from qlora_lightning.data.datamodule import InstructionDataModule
+from qlora_lightning.data.packing import Row
 from qlora_lightning.data.spec import DatasetSpec
-from qlora_lightning.data.steps import Microbatch, StepDataset, StepSampler, StepShape
+from qlora_lightning.data.steps import Microbatch, StepDataset, StepSampler, StepShape, plan_epoch, split_step
 from qlora_lightning.fused.microbatch import LENGTH_STEP, PACKED_STEP, Shape, shape_of
 from qlora_lightning.modeling.tokenizer import filler_id
 
@@ -43,11 +44,12 @@ class Ahead:
     steps: int
     """Optimizer steps that the figures below are of."""
     microbatches: int
+    """Of each rank."""
     tokens: int
-    """Without padding."""
+    """Of all ranks, without padding."""
     supervised: int
     computed: int
-    """With the padding that the products see."""
+    """Of the rank that computes most, with the padding that the products see."""
 
 
 def bound(rows: int, width: int) -> Longest:
@@ -65,31 +67,42 @@ def length_limit(spec: DatasetSpec) -> int | None:
     return spec.source_max_length + spec.target_max_length
 
 
-def look_ahead(trainer: Trainer, data: InstructionDataModule, epochs: int | None = None) -> Ahead:
+def look_ahead(trainer: Trainer, data: InstructionDataModule, epochs: int | None = None, ranks: int = 1) -> Ahead:
     """Go through a run's microbatches, of which only the longest is read.
 
     Args:
         trainer: of the run.
         data: set up, and not streaming.
         epochs: of which to look at the microbatches; None: all that the run will see.
+        ranks: that divide each step.
     """
-    sampler: Any = data.train_dataloader().batch_sampler
+    shape = StepShape(data.global_batch_size, trainer.accumulate_grad_batches, ranks=ranks, pack_length=data.pack_length)
     limit, epoch = data.microbatches_per_epoch, data.steps_per_epoch
     steps = data.total_steps or epoch
     if epochs is not None:
         steps = min(steps, epochs * epoch)
-    planned: list[Microbatch] = []
-    for done in range(0, steps, epoch):
+    planned: list[list[Row]] = []
+    for number, done in enumerate(range(0, steps, epoch)):
         left = (steps - done) * trainer.accumulate_grad_batches
-        planned += list(sampler)[: min(left, limit)]
-        sampler.advance()
-    return _gone_through(data, planned, steps)
+        planned += _planned(data, shape, number, min(left, limit))
+    return _gone_through(data, planned, ranks, steps)
 
 
-def longest_of(data: InstructionDataModule, accumulate: int) -> Longest:
-    """The longest microbatch of the first epoch, were steps divided into so many."""
-    shape = StepShape(data.global_batch_size, accumulate, pack_length=data.pack_length)
-    return _gone_through(data, list(StepSampler(data.train_set, shape, data.seed, data.group_by_length)), 0).longest
+def longest_of(data: InstructionDataModule, accumulate: int, ranks: int = 1) -> Longest:
+    """The longest microbatch of the first epoch, were steps divided into so many on each rank."""
+    shape = StepShape(data.global_batch_size, accumulate, ranks=ranks, pack_length=data.pack_length)
+    return _gone_through(data, _planned(data, shape, 0, data.microbatches_per_epoch), ranks, 0).longest
+
+
+def _planned(data: InstructionDataModule, shape: StepShape, epoch: int, limit: int) -> list[list[Row]]:
+    """The first microbatches of an epoch, each as the rows of all ranks, the longest rows first."""
+    dataset, size = data.train_set, shape.global_batch_size
+    planned: list[list[Row]] = []
+    for step in plan_epoch(dataset.lengths, size, data.seed, epoch, data.group_by_length, dataset.parts):
+        planned += split_step(step, dataset.lengths, shape.microbatches, size, shape.ranks, shape.pack_length)
+        if len(planned) >= limit:
+            break
+    return planned[:limit]
 
 
 def longest_microbatches(data: InstructionDataModule, accumulate: int) -> list[Microbatch]:
@@ -100,10 +113,13 @@ def longest_microbatches(data: InstructionDataModule, accumulate: int) -> list[M
     return planned[first : first + accumulate]
 
 
-def _gone_through(data: InstructionDataModule, planned: list[Microbatch], steps: int) -> Ahead:
-    dataset, computed = data.train_set, _computed(data, planned)
-    indices = np.concatenate([microbatch.indices for microbatch in planned])
-    microbatch = planned[int(np.argmax(computed))]
+def _gone_through(data: InstructionDataModule, planned: list[list[Row]], ranks: int, steps: int) -> Ahead:
+    """Rows are dealt to ranks longest first: the first rank has most to compute, and the others wait for it."""
+    dataset = data.train_set
+    first = [Microbatch(tuple(rows[::ranks]), 0) for rows in planned]
+    computed = _computed(data, first)
+    indices = np.concatenate([row for rows in planned for row in rows])
+    microbatch = first[int(np.argmax(computed))]
     batch: Any = Collator(filler_id(data.tokenizer), data.pad_to_multiple_of).train(StepDataset(dataset).__getitems__(microbatch))
     rows, width = batch["input_ids"].shape
     return Ahead(

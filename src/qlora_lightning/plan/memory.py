@@ -17,14 +17,17 @@ from qlora_lightning.kernels.attention import Backend, fa4_installed
 from qlora_lightning.modeling.flat import ROW
 from qlora_lightning.modeling.ledger import ledger
 from qlora_lightning.modeling.loading import compute_dtype
+from qlora_lightning.modeling.sharding import bytes_per_rank
 from qlora_lightning.modeling.skeleton import base_config, skeleton
 from qlora_lightning.module import QLoRAModule
+from qlora_lightning.plan.fleet import ALONE, Fleet
 from qlora_lightning.plan.longest import Longest
 from qlora_lightning.plan.target import Target
 from qlora_lightning.plan.walk import Walked, walk
 from qlora_lightning.strategies.policy import GradientCheckpointing, MemoryPolicy
 
 MODES: tuple[GradientCheckpointing, ...] = get_args(GradientCheckpointing)
+GATHERED = "blocks gathered from all ranks"
 LINEAR, CONSTANTS, OTHERS = "linear layers, 4 bits", "quantisation constants", "embeddings, head, norms"
 ADAPTER, GRADIENT = "adapter, fp32", "its gradient, fp32"
 """Parts that every plan has."""
@@ -91,13 +94,15 @@ class Forecast:
     Args:
         module: says base, adapter, storage and dtype.
         config: transformers' of the base, where it is known already.
+        fleet: the devices among which the base may be divided.
 
     Raises:
         UserError: the recipe does not fit the model.
     """
 
-    def __init__(self, module: QLoRAModule, config: Any = None) -> None:
+    def __init__(self, module: QLoRAModule, config: Any = None, fleet: Fleet = ALONE) -> None:
         self._module = module
+        self.fleet = fleet
         self.config = base_config(module.base_model, module.revision) if config is None else config
         self._models: dict[torch.dtype, PeftModel] = {}
         self._walks: dict[Any, Walked] = {}
@@ -121,6 +126,8 @@ class Forecast:
             return "model.fused is false"
         if not cuda:
             return "the fused path needs a GPU"
+        if self.fleet.sharded:
+            return "qlora_fsdp2 divides the base"
         if self.dtype(cuda) != torch.bfloat16:
             return f"the fused path computes in bf16, not {str(self.dtype(cuda)).removeprefix('torch.')}"
         try:
@@ -133,6 +140,8 @@ class Forecast:
         fused, model = self.fused(target.cuda), self.model(target.cuda)
         held = _Held.of(model, policy, target)
         parts = dict(held.parts)
+        if self.fleet.sharded:
+            parts[LINEAR], parts[GATHERED] = bytes_per_rank(held.parts[LINEAR], self._blocks, self.fleet.ranks)
         if isinstance(fused, FusedShape):
             parts["RoPE's table"] = fused.tables
         allocated = sum(parts.values()) - (held.state if held.paged else 0)
@@ -149,6 +158,10 @@ class Forecast:
         return MemoryPlan(
             target, parts, allocated, held.state, budget, policy.gradient_checkpointing, steps, reason, held.trained, held.linear
         )
+
+    @property
+    def _blocks(self) -> int:
+        return int(self.config.get_text_config().num_hidden_layers)
 
     def _walked_steps(self, longest: Longest, budget: Budget, movable: int, cuda: bool) -> dict[GradientCheckpointing, Step]:
         full, none = (self._walk(longest, mode, cuda) for mode in ("full", "none"))

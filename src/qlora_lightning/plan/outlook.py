@@ -15,11 +15,13 @@ from qlora_lightning.module import QLoRAModule
 from qlora_lightning.optim import describe_optimizer
 from qlora_lightning.plan.advice import Change, changes
 from qlora_lightning.plan.checks import problems
+from qlora_lightning.plan.communication import Traffic
 from qlora_lightning.plan.cost import disk_of, estimated_seconds
+from qlora_lightning.plan.fleet import ALONE, Fleet
 from qlora_lightning.plan.longest import Ahead, Longest, bound, length_limit, look_ahead
-from qlora_lightning.plan.memory import ADAPTER, CONSTANTS, GRADIENT, LINEAR, MODES, OTHERS, Forecast, MemoryPlan, Step
+from qlora_lightning.plan.memory import ADAPTER, CONSTANTS, GATHERED, GRADIENT, LINEAR, MODES, OTHERS, Forecast, MemoryPlan, Step
 from qlora_lightning.plan.run import checkpointing, plan_run
-from qlora_lightning.plan.target import Target, this_device
+from qlora_lightning.plan.target import Target, share_of_host, this_device
 
 
 @dataclass(frozen=True)
@@ -39,15 +41,24 @@ class Outlook:
         data: set up for it.
         saves: its checkpoints.
         targets: devices to plan for; the first says whether the fit fits, unless there are several: then one that it fits is enough.
+        fleet: how many of them train together, whatever the trainer's.
 
     Raises:
         UserError: the recipe does not fit the model.
     """
 
-    def __init__(self, trainer: Trainer, module: QLoRAModule, data: InstructionDataModule, saves: Saves, targets: list[Target]) -> None:
-        self._trainer, self._module, self._data = trainer, module, data
-        self.forecast = Forecast(module)
-        self.ahead: Ahead | None = None if data.streaming else look_ahead(trainer, data)
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: QLoRAModule,
+        data: InstructionDataModule,
+        saves: Saves,
+        targets: list[Target],
+        fleet: Fleet = ALONE,
+    ) -> None:
+        self._trainer, self._module, self._data, self.fleet = trainer, module, data, fleet
+        self.forecast = Forecast(module, fleet=fleet)
+        self.ahead: Ahead | None = None if data.streaming else look_ahead(trainer, data, ranks=fleet.ranks)
         self.longest: Longest = self.ahead.longest if self.ahead else streamed_bound(trainer, data, self.forecast)
         self.plans = [self.forecast.on(target, module.policy, self.longest) for target in targets]
         self.disk = disk_of(Path(trainer.default_root_dir), saves.every_n_steps, saves.keep, trainer, data, self.plans[0])
@@ -73,17 +84,24 @@ class Outlook:
         plan = self.plans[0]
         if self.ahead is None:
             return None
-        return estimated_seconds(plan, self.forecast.fused(plan.target.cuda), self.ahead, self._module.compute == "fp8")
+        alone = estimated_seconds(plan, self.forecast.fused(plan.target.cuda), self.ahead, self._module.compute == "fp8")
+        return None if alone is None else alone + self.ahead.steps * self.traffic.step_seconds
+
+    @property
+    def traffic(self) -> Traffic:
+        """What the devices send each other."""
+        plan = self.plans[0]
+        return Traffic(self.fleet, plan.parts[GRADIENT], plan.linear // 2)
 
     def lines(self) -> dict[str, Any]:
         """What the run does, name -> text."""
-        run = plan_run(self._trainer, self._module, self._data) | self._device_lines()
+        run = plan_run(self._trainer, self._module, self._data, self.fleet) | self._device_lines()
         longest = self.longest
         if self.ahead:
             run["tokens in all"] = f"{self.ahead.tokens:,}, {self.ahead.supervised:,} of them supervised"
         kind = "longest microbatch" if longest.known else "longest microbatch there can be"
         run[kind] = f"{longest.rows} x {longest.width:,} tokens"
-        return run
+        return run | (traffic_lines(self.traffic) if self.fleet.ranks > 1 else {})
 
     def _device_lines(self) -> dict[str, str]:
         """What ``plan_run`` says of this machine's device, for a device that is elsewhere."""
@@ -106,6 +124,8 @@ class Outlook:
             "tokens": self.ahead and self.ahead.tokens,
             "supervised_tokens": self.ahead and self.ahead.supervised,
             "longest_microbatch": {"rows": self.longest.rows, "tokens_a_row": self.longest.width, "known": self.longest.known},
+            "ranks": self.fleet.ranks,
+            "communication": {"all_reduced_a_step": self.traffic.gradient, "gathered_a_microbatch": self.traffic.gathered},
             "memory": [_memory(plan) for plan in self.plans],
             "seconds_estimated": self.seconds,
             "disk": {
@@ -126,11 +146,12 @@ def memory_lines(trainer: Trainer, module: QLoRAModule, data: InstructionDataMod
     Raises:
         UserError: the recipe does not fit the model.
     """
-    forecast, target = Forecast(module), this_device(trainer.strategy.root_device)
-    longest = streamed_bound(trainer, data, forecast) if data.streaming else look_ahead(trainer, data, epochs=1).longest
+    fleet = Fleet.of(trainer)
+    forecast, target = Forecast(module, fleet=fleet), share_of_host(this_device(trainer.strategy.root_device), fleet.devices)
+    longest = streamed_bound(trainer, data, forecast) if data.streaming else look_ahead(trainer, data, 1, fleet.ranks).longest
     fused = not isinstance(forecast.fused(target.cuda), str)
     plan = forecast.on(target, module.policy, longest if fused else None)
-    frozen = sum(plan.parts[part] for part in (LINEAR, CONSTANTS, OTHERS))
+    frozen = sum(plan.parts.get(part, 0) for part in (LINEAR, CONSTANTS, OTHERS, GATHERED))
     trained = plan.parts[ADAPTER] + plan.parts[GRADIENT] + plan.state
     lines = {
         "memory before a step": f"{frozen / GIB:.2f} GiB frozen weights, {trained / GIB:.2f} GiB adapter, gradient, optimizer's state",
@@ -141,9 +162,19 @@ def memory_lines(trainer: Trainer, module: QLoRAModule, data: InstructionDataMod
     return lines
 
 
+def traffic_lines(traffic: Traffic) -> dict[str, str]:
+    """What is sent, and for how long at the link's full speed."""
+    link = traffic.link
+    speed = f"at {link.bytes_per_second / 1e9:g} GB/s ({link.name})"
+    lines = {"a step adds up": f"{traffic.gradient / GIB:.3f} GiB of gradient over devices: {traffic.step_seconds * 1e3:,.1f} ms {speed}"}
+    if traffic.gathered:
+        lines["a microbatch gathers"] = f"{traffic.gathered / GIB:.2f} GiB of weights: {traffic.microbatch_seconds * 1e3:,.1f} ms {speed}"
+    return lines
+
+
 def streamed_bound(trainer: Trainer, data: InstructionDataModule, forecast: Forecast) -> Longest:
     """The longest microbatch that a stream can give: its lengths are not known, their limit is."""
-    rows = data.global_batch_size // trainer.accumulate_grad_batches
+    rows = data.global_batch_size // (trainer.accumulate_grad_batches * forecast.fleet.ranks)
     limit = length_limit(data.spec) or positions_of(forecast.config) or data.packed_row
     return bound(rows, data.packed_row if data.packing else limit)
 

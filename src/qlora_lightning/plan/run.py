@@ -12,18 +12,25 @@ from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.modeling.loading import FP8_SAID, check_fp8, compute_dtype
 from qlora_lightning.module import QLoRAModule
 from qlora_lightning.optim import describe_optimizer
+from qlora_lightning.plan.fleet import Fleet
 from qlora_lightning.strategies.policy import MemoryPolicy
 
 
-def plan_run(trainer: Trainer, module: QLoRAModule, data: InstructionDataModule) -> dict[str, Any]:
+def plan_run(trainer: Trainer, module: QLoRAModule, data: InstructionDataModule, fleet: Fleet | None = None) -> dict[str, Any]:
     """The plan of a fit whose data is set up.
+
+    Args:
+        trainer: of the fit.
+        module: of the fit.
+        data: set up.
+        fleet: the devices, where they are not the trainer's.
 
     Returns:
         Line name -> text or number, in the order in which to read them.
     """
     steps = data.total_steps
     device = trainer.strategy.root_device
-    accumulate, ranks = trainer.accumulate_grad_batches, trainer.world_size
+    fleet = fleet or Fleet.of(trainer)
     optimizer, lora = module.optimizer, module.lora
     reason = why_not_fused(module, device)
     return {
@@ -31,6 +38,7 @@ def plan_run(trainer: Trainer, module: QLoRAModule, data: InstructionDataModule)
         "base model": module.base_model,
         "stored as": f"{module.quantization.quant_type.upper()}{' + double quantisation' if module.quantization.double_quant else ''}",
         "adapter": f"LoRA r {lora.r}, alpha {lora.alpha}, dropout {lora.dropout:g} on {', '.join(lora.target_modules)}",
+        **({"devices": str(fleet)} if fleet.ranks > 1 else {}),
         "device": f"{device}, computing {precision(module, device)}",
         "blocks": f"transformers' own ({reason})"
         if reason
@@ -38,8 +46,7 @@ def plan_run(trainer: Trainer, module: QLoRAModule, data: InstructionDataModule)
         **_data_lines(data),
         "held out": f"{data.val_report.kept:,} examples" if data.val_report else "nothing: no validation rows are named",
         "template": data.spec.template,
-        "batch": f"{data.global_batch_size} rows a step = {accumulate} x {data.global_batch_size // (accumulate * ranks)}"
-        + (f" x {ranks} devices" if ranks > 1 else ""),
+        "batch": _batch(data.global_batch_size, trainer.accumulate_grad_batches, fleet.ranks),
         "packing": f"on, rows of at most {data.pack_length:,} tokens" if data.pack_length else "off",
         "steps": f"{steps:,}" if data.streaming else f"{steps:,} = {steps / data.steps_per_epoch:.2f} epochs of {data.steps_per_epoch:,}",
         "learning rate": f"{optimizer.learning_rate:g}, {optimizer.schedule}"
@@ -47,6 +54,11 @@ def plan_run(trainer: Trainer, module: QLoRAModule, data: InstructionDataModule)
         "optimizer": describe_optimizer(module.policy, device),
         "checkpointing": checkpointing(module.policy, fused=reason is None),
     }
+
+
+def _batch(size: int, accumulate: int, ranks: int) -> str:
+    devices = f" on each of {ranks} devices" if ranks > 1 else ""
+    return f"{size} rows a step = {accumulate} x {size // (accumulate * ranks)}{devices}"
 
 
 def precision(module: QLoRAModule, device: torch.device) -> str:

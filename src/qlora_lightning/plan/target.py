@@ -3,7 +3,7 @@
 import os
 import resource
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -46,3 +46,10 @@ def this_device(device: torch.device) -> Target:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return Target("this machine's CPU", False, total, taken, here=True)
+
+
+def share_of_host(target: Target, ranks: int) -> Target:
+    """What each of a machine's ranks has of its memory where they train on its CPU; a GPU is one rank's."""
+    if target.cuda or ranks == 1:
+        return target
+    return replace(target, name=f"{target.name}, shared by {ranks} ranks", total=target.total // ranks)

@@ -1,20 +1,17 @@
 """``strategy: qlora``: one device, a 4-bit base that is never moved, and optimizer state that stays paged after a resume."""
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from lightning_utilities.core.apply_func import apply_to_collection
-from torch.optim import Optimizer
 
 from qlora_lightning.errors import UserError
-from qlora_lightning.optim import load_optimizer_state
 from qlora_lightning.strategies.checkpoint_io import AtomicCheckpointIO
+from qlora_lightning.strategies.paged import PagedStrategy
 from qlora_lightning.strategies.policy import GradientCheckpointing, MemoryPolicy
 
 
-class QLoRAStrategy(SingleDeviceStrategy):
+class QLoRAStrategy(PagedStrategy, SingleDeviceStrategy):
     """Train on one device under a memory policy.
 
     Args:
@@ -39,7 +36,7 @@ class QLoRAStrategy(SingleDeviceStrategy):
         memory_budget_gib: float | None = None,
         offload_inputs: bool = False,
     ) -> None:
-        super().__init__(checkpoint_io=AtomicCheckpointIO())
+        SingleDeviceStrategy.__init__(self, checkpoint_io=AtomicCheckpointIO())
         self.policy = MemoryPolicy(paged_optimizer, optimizer_bits, gradient_checkpointing, memory_budget_gib, offload_inputs)
         self._parallel_devices: list[torch.device] | None = None
 
@@ -55,25 +52,3 @@ class QLoRAStrategy(SingleDeviceStrategy):
         self._parallel_devices = devices
         if devices:
             self._root_device = devices[0]
-
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The optimizer's state as plain tensors in host memory: paged ones carry attributes and an allocation that must not be pickled."""
-        if self.root_device.type == "cuda":
-            torch.cuda.synchronize(self.root_device)  # paged state may still be written by the last update
-        state = super().optimizer_state(optimizer)
-        return apply_to_collection(state, torch.Tensor, lambda tensor: tensor.detach().to("cpu", copy=True))
-
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Restore optimizer state where it belongs. Lightning and bitsandbytes would both turn paged state into plain device tensors."""
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            load_optimizer_state(optimizer, state)
-
-    def teardown(self) -> None:
-        """Release what Lightning holds, but leave the model where it is.
-
-        The base class moves it to the CPU after every fit and validate, which for a 4-bit 65B means 40 GB of copies.
-        """
-        self.precision_plugin.teardown()
-        assert self.accelerator is not None
-        self.accelerator.teardown()
-        self.checkpoint_io.teardown()

@@ -28,6 +28,7 @@ from qlora_lightning.modeling.ledger import ledger
 from qlora_lightning.modeling.loading import QuantizationSpec
 from qlora_lightning.modeling.sources import quiet_transformers, resolve_base
 from qlora_lightning.module import QLoRAModule
+from qlora_lightning.strategies import QLoRADDPStrategy
 from qlora_lightning.strategies.policy import MemoryPolicy
 from qlora_lightning.verify.outcome import Bound, Findings, Measurement, relative, relative_loss
 from qlora_lightning.verify.step import Outside, compute_step, prepare, wake
@@ -60,7 +61,7 @@ class Job:
 
 
 def ranks(subject: Subject, folder: Path) -> Findings:
-    """Loss and averaged gradient of two ranks against those of one.
+    """Loss and gradient of two ranks, added up, against those of one.
 
     Args:
         subject: its first step is divided; its base is loaded anew in each process, or a smaller one of its family.
@@ -100,7 +101,7 @@ def _run(job: Job) -> list[Measurement]:
 
 
 def _rank(rank: int, job: Job) -> None:
-    """One process: its shard's share, averaged with the other's; the first then computes the whole step alone."""
+    """One process: its shard's share, added to the other's as a fit adds them; the first then computes the whole step alone."""
     console.quiet = True
     warnings.simplefilter("ignore")
     torch.set_num_threads(max(1, usable_cores() // RANKS))
@@ -108,18 +109,15 @@ def _rank(rank: int, job: Job) -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a machine's own name often leads nowhere
     dist.init_process_group("gloo", init_method=f"file://{job.folder / 'meeting'}", rank=rank, world_size=RANKS)
     unpacked: Any = SimpleNamespace(packing=False)  # whether the model packs is a check of its own
-    outside = Outside(torch.device("cpu"), MemoryPolicy(gradient_checkpointing="none"), unpacked, world_size=RANKS)
+    outside = Outside(torch.device("cpu"), MemoryPolicy(gradient_checkpointing="none"), unpacked)
     module = QLoRAModule(job.base, job.revision, job.lora, job.quantization, compute="fp32", fused=False)
     torch.manual_seed(0)
     prepare(module, outside)
     wake(module)
     mine = compute_step(module, outside, job.shards[rank], job.accumulate)
     gradient, loss = mine.gradient, torch.tensor(mine.loss, dtype=torch.float64)
-    for tensor in (gradient, loss):  # as DistributedDataParallel averages
-        dist.all_reduce(tensor)
-        tensor /= RANKS
+    QLoRADDPStrategy().sum_over_ranks(gradient, loss)
     if rank == 0:
-        outside.world_size = 1
         alone = compute_step(module, outside, job.whole, job.accumulate)
         found = {"gradient": relative(gradient, alone.gradient), "loss": relative_loss(float(loss), alone.loss)}
         (job.folder / "found.json").write_text(json.dumps(found))

@@ -35,7 +35,6 @@ class Outside:
     policy: MemoryPolicy
     datamodule: InstructionDataModule
     accumulate_grad_batches: int = 1
-    world_size: int = 1
     state: Any = field(default_factory=lambda: SimpleNamespace(fn="fit"))
 
     @property

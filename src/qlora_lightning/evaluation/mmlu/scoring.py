@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from math import ceil
 from typing import Any
 
 import torch
@@ -120,13 +121,20 @@ class MMLUTest:
 
 
 def _part_of(groups: list[list[int]], lengths: list[int], rank: int, ranks: int) -> list[list[int]]:
-    """The groups of one rank: the costliest first, each to the rank that has least to do."""
+    """The groups of one rank: the costliest first, each to the rank that has least to do. A group that is more than a rank's even share of
+    all work is cut, so that the others need not wait for its rank."""
     loads, parts = [0] * ranks, [list[list[int]]() for _ in range(ranks)]
-    for number in sorted(range(len(groups)), key=lambda number: -len(groups[number]) * lengths[number]):
+    even = sum(len(group) * length for group, length in zip(groups, lengths, strict=True)) / ranks
+    pieces = [(piece, length) for group, length in zip(groups, lengths, strict=True) for piece in _pieces(group, ceil(even / length))]
+    for piece, length in sorted(pieces, key=lambda pair: -len(pair[0]) * pair[1]):
         least = loads.index(min(loads))
-        parts[least].append(groups[number])
-        loads[least] += len(groups[number]) * lengths[number]
+        parts[least].append(piece)
+        loads[least] += len(piece) * length
     return parts[rank]
+
+
+def _pieces(group: list[int], most: int) -> list[list[int]]:
+    return [group[start : start + most] for start in range(0, len(group), most)]
 
 
 def context_length(positions: int | None, wanted: int | None) -> int:

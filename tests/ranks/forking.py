@@ -1,0 +1,93 @@
+"""Two ranks of a fit, as processes forked from one that has imported everything: a start costs a second and not ten.
+
+For what ends processes. They write to files of their own, and what happens in them can be planted: a function of a test's module that is
+called there first, with a number.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from running import base_options
+from starting import free_port
+
+from qlora_lightning.cli import main
+
+SECONDS = 60.0
+"""In which all must have ended."""
+
+
+class Ended(NamedTuple):
+    """How a rank ended."""
+
+    code: int | None
+    err: str
+
+    @property
+    def lines(self) -> list[str]:
+        """Of an error; progress and warnings left out."""
+        return [line for line in self.err.splitlines() if line.startswith("qlora-lightning:")]
+
+
+def torchrun(rank: int, port: int) -> dict[str, str]:
+    """What torchrun sets."""
+    own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test"}
+    return own | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+
+
+def _be(environment: dict[str, str], arguments: list[str], plant: tuple[Callable[[int], None], int] | None, err: Path) -> None:
+    """In a process of its own: a rank."""
+    os.environ.update(environment, GLOO_SOCKET_IFNAME="lo")
+    os.dup2(os.open(err, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115  (until the end)
+    torch.set_num_threads(1)
+    if plant is not None:
+        function, where = plant
+        function(where)
+    sys.argv = ["qlora-lightning", *arguments]
+    code = main()
+    sys.stderr.flush()
+    sys.exit(code)
+
+
+class Start(NamedTuple):
+    """Starts two ranks of a fit; options are ``name=value`` strings."""
+
+    base: Path
+    rows: Path
+    folder: Path
+    environment: Callable[[int, int], dict[str, str]] = torchrun
+    """What is set for a rank, by its number and a free port."""
+
+    @property
+    def root(self) -> Path:
+        return self.folder / "run"
+
+    def __call__(
+        self, *options: str, plant: tuple[Callable[[int], None], int] | None = None, of_rank_1: tuple[str, ...] = ()
+    ) -> list[Ended]:
+        port, errors = free_port(), [self.folder / f"rank{rank}.err" for rank in range(2)]
+        processes = []
+        for rank, own in enumerate(((), of_rank_1)):
+            given = [part for option in (*options, *own) for part in (f"--{option.partition('=')[0]}", option.partition("=")[2])]
+            arguments = ["fit", *base_options(self.base, self.rows, self.root), "--checkpoint.every_n_steps", "1", *given]
+            processes.append(FORKED.Process(target=_be, args=(self.environment(rank, port), arguments, plant, errors[rank])))
+        for process in processes:
+            process.start()
+        until = time.monotonic() + SECONDS
+        for process in processes:
+            process.join(until - time.monotonic())
+        codes = [process.exitcode for process in processes]
+        for process in processes:
+            process.kill()
+            process.join()
+        return [Ended(code, file.read_text(errors="replace")) for code, file in zip(codes, errors, strict=True)]
+
+
+FORKED = get_context("forkserver")
+FORKED.set_forkserver_preload(["qlora_lightning.lightning_cli", "conftest"])
