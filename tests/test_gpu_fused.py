@@ -5,7 +5,6 @@ ones. benchmarks/gradients.py, whose functions are used here, prints the table o
 """
 
 import gc
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,8 @@ from transformers import LlamaConfig
 from qlora_lightning.fused import block
 from qlora_lightning.fused.budget import GIB
 from qlora_lightning.fused.rungs import Rung
-from qlora_lightning.fused.runner import Runner, fused_runner
+from qlora_lightning.fused.runner import Runner
+from qlora_lightning.fused.start import fused_runner
 from qlora_lightning.optim import OptimizerSpec, build_optimizer
 from qlora_lightning.strategies.policy import MemoryPolicy
 
