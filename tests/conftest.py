@@ -15,8 +15,8 @@ import torch
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
 import pytest
+from byte_tokenizer import build_tokenizer
 from running import base_options
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qlora_lightning.cache import cache_folder
@@ -34,26 +34,6 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QLORA_LIGHTNING_CACHE", str(cache))
         yield
-
-
-def build_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """Byte-level BPE without merges: one token a byte, then ``<s> </s> <unk> <pad> <|im_start|> <|im_end|>``; 512 ids."""
-    vocabulary = {"<s>": 0, "</s>": 1, "<unk>": 2, "<pad>": 3, "<|im_start|>": 4, "<|im_end|>": 5}
-    for byte in sorted(pre_tokenizers.ByteLevel.alphabet()):
-        vocabulary[byte] = len(vocabulary)
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        pad_token="<pad>",
-        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
-    )
-    fast.save_pretrained(folder)
-    return fast
 
 
 @pytest.fixture(scope="session")

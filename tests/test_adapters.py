@@ -108,7 +108,7 @@ def test_adapter_folder_says_where_it_comes_from(fit: Callable[..., Path], tiny_
     assert len(metadata["base_fingerprint"]) == 16
     assert "val/loss" in metadata["metrics"] and metadata["metrics"]["train/loss"] > 0
     card = (folder / "README.md").read_text()
-    assert f"base_model: {tiny_base}" in card and "rank 4, alpha 16, 5 optimizer steps" in card
+    assert f"# LoRA adapter for {tiny_base}" in card and "rank 4, alpha 16, 5 optimizer steps" in card
     assert AutoTokenizer.from_pretrained(folder).vocab_size > 0
 
 

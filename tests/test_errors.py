@@ -1,6 +1,7 @@
 """What a user can get wrong ends in one line that says the rule, the value and the way out, with exit code 2 and no traceback."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -221,8 +222,7 @@ def test_bf16_is_asked_of_the_device_itself(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_checkpoint_of_another_rank(complaint: Callable[..., str], fit: Callable[..., Path]) -> None:
     fit("trainer.max_steps=1")
-    expected = "holds an adapter of rank 4, this recipe says 8; set model.lora.r: 4"
-    assert complaint("--model.lora.r", "8", "--ckpt_path", "last") == f"the checkpoint {expected}"
+    assert "model.lora.r was 4 in the run of" in complaint("--model.lora.r", "8", "--ckpt_path", "last")
 
 
 def test_adapter_folder_of_another_rank(complaint: Callable[..., str], fit: Callable[..., Path], rows_file: Path) -> None:
@@ -242,20 +242,20 @@ def test_checkpoint_of_another_base(complaint: Callable[..., str], fit: Callable
     weights["model.embed_tokens.weight"] += 1
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
     line = complaint("--ckpt_path", "last", base=other)
-    assert line.startswith(f"the checkpoint was trained on {tiny_base} with other weights of the base model")
+    assert re.match("base model was [0-9a-f]{16} in the run of .*last.ckpt and is [0-9a-f]{16} now: a resumed run keeps it; give the", line)
 
 
 def test_checkpoint_of_other_data(complaint: Callable[..., str], fit: Callable[..., Path], tmp_path: Path) -> None:
     fit("trainer.max_steps=1")
     rows = write(tmp_path / "rows.jsonl", "".join(json.dumps({"instruction": f"q{n}", "output": "a"}) + "\n" for n in range(22)))
-    assert complaint("--ckpt_path", "last", rows=rows).startswith("a resumed run must see the same data: fingerprint was")
+    assert complaint("--ckpt_path", "last", rows=rows).startswith("training rows was 22 (")
 
 
 def test_missing_and_truncated_checkpoint(complaint: Callable[..., str], fit: Callable[..., Path], tmp_path: Path) -> None:
     last = fit("trainer.max_steps=1") / "checkpoints" / "last.ckpt"
     assert complaint("--ckpt_path", str(tmp_path / "none.ckpt")).startswith(f"--ckpt_path {tmp_path / 'none.ckpt'}: there is no")
     last.write_bytes(last.read_bytes()[:1000])
-    assert complaint("--ckpt_path", "last").startswith(f"checkpoint {last} cannot be read")
+    assert complaint("--ckpt_path", "last").startswith(f"checkpoint {last} is damaged (File is not a zip file); no other")
 
 
 @pytest.mark.parametrize("content", [[1], {"state_dict": {}}], ids=["list", "other"])
@@ -315,7 +315,7 @@ def test_gpu_that_is_not_there(complaint: Callable[..., str]) -> None:
 def test_gradient_that_is_no_number_ends_the_run_before_it_is_saved(complaint: Callable[..., str], tmp_path: Path) -> None:
     options = ("--model.optimizer.learning_rate", "1e30", "--trainer.gradient_clip_val", "0", "--checkpoint.every_n_steps", "1")
     line = complaint(*options)
-    assert line.startswith("the gradient of step 2 is nan; lower model.optimizer.learning_rate")
+    assert line.startswith("step 2 has loss nan and gradient norm nan; its rows are ")
     saved = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
     assert saved["global_step"] == 1
 
@@ -331,7 +331,8 @@ def test_adapter_of_another_template_is_said(
 
 
 def test_target_modules_that_match_nothing(complaint: Callable[..., str]) -> None:
-    assert complaint("--model.lora.target_modules", '["nothing"]').startswith("model.lora.target_modules ['nothing'] match no layer")
+    line = complaint("--model.lora.target_modules", '["nothing"]')
+    assert line.startswith("model.lora.target_modules must name layers of") and "got nothing; it has q_proj, k_proj" in line
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from exams import SUBJECTS, write_exam
-from running import read_metrics
+from running import base_options, line_of, read_metrics
 
 pytestmark = [
     pytest.mark.gpu,
@@ -76,3 +76,49 @@ def test_mmlu_with_shared_examples_reads_what_whole_prompts_read(fit: Callable[.
     for one, other in zip(*documents, strict=True):
         assert (one["examples_shared"], other["examples_shared"]) == (True, False)
         assert one["accuracy"] == pytest.approx(other["accuracy"], abs=0.1)  # of 60 answers some are near ties
+
+
+@pytest.mark.parametrize("options", [("32", "true"), ("8", "true"), ("8", "false"), ("32", "false")], ids=str)
+@pytest.mark.parametrize("fused", ["true", "false"])
+def test_a_step_that_is_no_number_leaves_weights_and_state_on_a_gpu(
+    fit: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, options: tuple[str, str], fused: str
+) -> None:
+    """Whatever optimizer holds the state, through either path: an infinite gradient in the third step."""
+    from qlora_lightning.module import QLoRAModule
+
+    before = QLoRAModule.on_before_optimizer_step
+
+    def poisoned(self: QLoRAModule, optimizer: torch.optim.Optimizer) -> None:
+        if self.trainer.global_step == 2:
+            self.flat.gradient[5] = torch.inf
+        before(self, optimizer)
+
+    monkeypatch.setattr(QLoRAModule, "on_before_optimizer_step", poisoned)
+    bits, paged = options
+    strategy = (f"trainer.strategy.optimizer_bits={bits}", f"trainer.strategy.paged_optimizer={paged}")
+    root = fit(*OPTIONS, *strategy, f"model.fused={fused}", "nonfinite.policy=skip", "checkpoint.every_n_steps=1", "checkpoint.keep=9")
+    two, three, four = (torch.load(root / f"checkpoints/step-{n:08d}.ckpt", weights_only=True) for n in (2, 3, 4))
+    assert all(torch.equal(three["state_dict"][name], value) for name, value in two["state_dict"].items())
+    assert any(not torch.equal(four["state_dict"][name], value) for name, value in two["state_dict"].items())
+    for number, state in two["optimizer_states"][0]["state"].items():
+        for name, value in state.items():
+            other = three["optimizer_states"][0]["state"][number][name]
+            assert torch.equal(other, value) if isinstance(value, torch.Tensor) else other == value
+    assert [row["train/grad_norm"] for row in read_metrics(root) if row["train/loss"]].index("inf") == 2
+
+
+def test_memory_that_is_out_on_a_gpu_is_said_in_numbers(
+    tiny_base: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qlora_lightning.module import QLoRAModule
+
+    def greedy(self: QLoRAModule, batch: object, number: int) -> torch.Tensor:
+        return torch.empty(2**46, dtype=torch.uint8, device="cuda")
+
+    monkeypatch.setattr(QLoRAModule, "training_step", greedy)
+    options = base_options(tiny_base, rows_file, tmp_path / "run")
+    options[options.index("--trainer.accelerator") + 1] = "gpu"
+    line = line_of(capsys, "fit", *options)
+    assert re.search(
+        r"in step 1: a microbatch of 4 rows x \d+ tokens asked for 65536.00 GiB, with [\d.]+ GiB in use, [\d.]+ GiB free of", line
+    )

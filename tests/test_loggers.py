@@ -2,8 +2,12 @@
 
 import csv
 import json
+import os
 import socket
-import struct
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,11 +16,14 @@ from typing import Any
 import pytest
 import torch
 import wandb
-from wandb.proto.wandb_internal_pb2 import Record
+from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]  # made by protobuf
+from wandb_server import WandbServer
 
-from qlora_lightning import loggers
 from qlora_lightning.errors import UserError
-from qlora_lightning.loggers import RunCSVLogger, RunWandbLogger, WandbMode, reachable, wandb_mode
+from qlora_lightning.loggers import RunCSVLogger, RunWandbLogger, wandb_run
+from qlora_lightning.loggers import wandb_mode as mode_module
+from qlora_lightning.loggers.wandb_files import read_records
+from qlora_lightning.loggers.wandb_mode import WandbMode, reachable, wandb_mode
 
 
 def rows_of(logger: RunCSVLogger) -> list[dict[str, str]]:
@@ -48,7 +55,7 @@ def test_csv_resumed_has_neither_gap_nor_double_step(tmp_path: Path) -> None:
     for step in range(7):
         first.log_metrics({"train/loss": float(step)}, step=step)
     resumed = RunCSVLogger(str(tmp_path))
-    resumed.truncate_after(5)
+    resumed.cut(5)
     for step in range(5, 10):
         resumed.log_metrics({"train/loss": float(step), "new": 1}, step=step)
     assert [(row["step"], row["train/loss"]) for row in rows_of(resumed)] == [(str(step), str(float(step))) for step in range(10)]
@@ -58,10 +65,8 @@ def test_csv_resumed_has_neither_gap_nor_double_step(tmp_path: Path) -> None:
 def test_csv_of_a_fresh_run_is_emptied(tmp_path: Path) -> None:
     RunCSVLogger(str(tmp_path)).log_metrics({"train/loss": 1.0}, step=3)
     logger = RunCSVLogger(str(tmp_path))
-    logger.truncate_after(0)
+    logger.cut(0)
     assert rows_of(logger) == []
-    RunCSVLogger(str(tmp_path / "new")).truncate_after(0)
-    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("cut", ["step,train/loss\n0,1.0\n1,2.", "step,train/loss\n0,1.0\n"])
@@ -99,7 +104,7 @@ def closed_port() -> int:
 
 
 def test_mode_of_the_environment_wins(fresh_wandb: pytest.MonkeyPatch) -> None:
-    fresh_wandb.setattr(loggers, "wandb_logged_in", lambda: pytest.fail("asked for a key"))
+    fresh_wandb.setattr(mode_module, "wandb_logged_in", lambda: pytest.fail("asked for a key"))
     for wish, mode in (("online", "online"), ("offline", "offline"), ("disabled", "disabled"), ("dryrun", "offline")):
         fresh_wandb.setenv("WANDB_MODE", wish)
         assert wandb_mode().mode == mode
@@ -127,7 +132,7 @@ def test_unreachable_host_means_offline(fresh_wandb: pytest.MonkeyPatch, capfd: 
 
 
 def test_key_and_host_mean_online(fresh_wandb: pytest.MonkeyPatch) -> None:
-    fresh_wandb.setattr(loggers, "wandb_logged_in", lambda: True)
+    fresh_wandb.setattr(mode_module, "wandb_logged_in", lambda: True)
     with socket.create_server(("127.0.0.1", 0)) as server:
         fresh_wandb.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
         assert wandb_mode(seconds=2.0).mode == "online"
@@ -141,27 +146,8 @@ def test_reachable_asks_the_proxy_where_one_is_set(fresh_wandb: pytest.MonkeyPat
 
 
 def test_slow_name_lookup_does_not_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    import threading
-
-    monkeypatch.setattr(loggers, "_connects", lambda address, seconds: threading.Event().wait(5))
+    monkeypatch.setattr(mode_module, "_connects", lambda address, seconds: threading.Event().wait(5))
     assert not reachable("https://host.invalid", seconds=0.1)
-
-
-def records_of(file: Path) -> list[Record]:
-    """Every record of a ``.wandb`` file: a LevelDB log in blocks of 32 KiB after a header of 7 bytes that counts as part of the first."""
-    data, position, records, parts = file.read_bytes(), 7, [], b""
-    assert data[:4] == b":W&B"
-    while position + 7 <= len(data):
-        if 32768 - position % 32768 < 7:
-            position += 32768 - position % 32768
-            continue
-        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
-        parts += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # a whole record, or the last part of one
-            records.append(Record.FromString(parts))
-            parts = b""
-    return records
 
 
 def history_of(records: list[Record]) -> list[dict[str, Any]]:
@@ -181,7 +167,7 @@ def config_of(records: list[Record]) -> dict[str, Any]:
 def offline_records(folder: Path) -> list[list[Record]]:
     """Records of each offline run, the oldest first; W&B is stopped before, as at the end of a process."""
     wandb.teardown()
-    return [records_of(file) for file in sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda file: file.stat().st_mtime)]
+    return [list(read_records(file)) for file in sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda file: file.stat().st_mtime)]
 
 
 def test_offline_run_reads_back_and_a_resumed_one_continues_it(
@@ -243,7 +229,7 @@ def test_a_failing_wandb_leaves_one_warning_and_the_run(
         return start(**options)
 
     monkeypatch.setattr(wandb, "init", init)
-    monkeypatch.setattr(loggers, "wandb_mode", lambda: WandbMode("online", ""))
+    monkeypatch.setattr(wandb_run, "wandb_mode", lambda: WandbMode("online", ""))
     logger = RunWandbLogger(save_dir=str(tmp_path), log_adapter=True)
     logger.log_hyperparams({"lr": 1.0})
     logger.log_metrics({"train/loss": 1.0}, step=0)
@@ -252,9 +238,7 @@ def test_a_failing_wandb_leaves_one_warning_and_the_run(
     assert capsys.readouterr().err == "warning: W&B failed and the run goes on without it (Error: no space)\n"
 
 
-def test_a_log_call_that_fails_ends_recording_only(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_log_call_that_fails_ends_recording_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     logger = RunWandbLogger(save_dir=str(tmp_path))
 
     def log(_: Any) -> None:
@@ -270,3 +254,147 @@ def test_adapter_stays_here_unless_asked_for(tmp_path: Path) -> None:
     logger = RunWandbLogger(save_dir=str(tmp_path))
     logger.upload_adapter(tmp_path, {})
     assert logger._experiment is None
+
+
+def test_a_log_call_that_hangs_ends_recording_only(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(wandb_run, "CALL_SECONDS", 0.2)
+    logger = RunWandbLogger(save_dir=str(tmp_path))
+    logger._experiment = SimpleNamespace(log=lambda _: threading.Event().wait(20))  # type: ignore[assignment]
+    began = time.monotonic()
+    for step in range(3):
+        logger.log_metrics({"train/loss": 1.0}, step=step)
+    logger.finalize("success")
+    assert time.monotonic() - began < 2
+    assert capsys.readouterr().err == "warning: W&B failed and the run goes on without it (no answer within 0.2 s)\n"
+
+
+def both(folder: Path, resume: bool) -> tuple[RunCSVLogger, RunWandbLogger]:
+    """The loggers of one start of a run."""
+    rows, run = RunCSVLogger(str(folder)), RunWandbLogger(save_dir=str(folder))
+    run.resume, run.history = resume, rows
+    return rows, run
+
+
+def log_steps(loggers: tuple[RunCSVLogger, RunWandbLogger], steps: range) -> None:
+    """Two rows a step, as where each is validated."""
+    for step in steps:
+        for metrics in ({"train/loss": 1.0 / (step + 1)}, {"val/loss": 2.0 / (step + 1)}):
+            for logger in loggers:
+                logger.log_metrics(metrics, step=step)
+
+
+def points(history: list[dict[str, Any]]) -> list[tuple[int, str, float]]:
+    """What a chart shows: step, metric and value."""
+    return [(row["trainer/global_step"], name, row[name]) for row in history for name in ("train/loss", "val/loss") if name in row]
+
+
+def expected(steps: int) -> list[tuple[int, str, float]]:
+    return [point for step in range(steps) for point in ((step, "train/loss", 1.0 / (step + 1)), (step, "val/loss", 2.0 / (step + 1)))]
+
+
+KILLED = """
+import os, signal, sys
+sys.path[:0] = {path!r}
+from pathlib import Path
+from test_loggers import both, log_steps
+loggers = both(Path({folder!r}), False)
+log_steps(loggers, range(7))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def kill_a_run(folder: Path) -> None:
+    """A process that logs seven steps and is killed, as a checkpoint was written after step 5."""
+    code = KILLED.format(path=sys.path, folder=str(folder))
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == -9
+
+
+def go_on(folder: Path) -> None:
+    """Go on from step 5 to step 10."""
+    loggers = both(folder, True)
+    loggers[0].cut(10)
+    log_steps(loggers, range(5, 10))
+    loggers[1].finalize("success")
+
+
+def test_offline_a_killed_and_resumed_run_is_whole_in_its_last_folder(fresh_wandb: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """W&B loses what a killed process has not written: the resumed start records it again, and `wandb sync` uploads each row once."""
+    fresh_wandb.setenv("WANDB_MODE", "offline")
+    kill_a_run(tmp_path)
+    go_on(tmp_path)
+    *_, last = offline_records(tmp_path)
+    assert points(history_of(last)) == expected(10)
+    marks = [file.read_text() for file in tmp_path.glob("wandb/offline-run-*/*.synced")]
+    assert len(marks) == 1 and "holds all of it" in marks[0]
+    with WandbServer() as server:
+        sync(tmp_path, server)
+        assert points(server.history) == expected(10)
+
+
+def sync(folder: Path, server: WandbServer) -> None:
+    command = [sys.executable, "-m", "wandb", "sync", *map(str, sorted(folder.glob("wandb/offline-run-*")))]
+    subprocess.run(command, check=True, capture_output=True, timeout=60, cwd=folder, env=os.environ | server.environment)
+    wandb.teardown()
+
+
+def test_offline_each_job_may_be_uploaded_before_the_next_one_goes_on(fresh_wandb: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fresh_wandb.setenv("WANDB_MODE", "offline")
+    first = both(tmp_path, False)
+    log_steps(first, range(7))
+    first[1].finalize("failed")
+    with WandbServer() as server:
+        sync(tmp_path, server)
+        assert points(server.history) == expected(7)
+        time.sleep(1.1)  # W&B names folders by the second
+        go_on(tmp_path)
+        sync(tmp_path, server)
+        assert points(server.history) == expected(10)
+
+
+@pytest.mark.parametrize("arrived", [False, True])
+def test_online_a_killed_and_resumed_run_has_each_row_once(fresh_wandb: pytest.MonkeyPatch, tmp_path: Path, arrived: bool) -> None:
+    """Whether the rows after the checkpoint were still under way when the process was killed, or the server had them all."""
+    with WandbServer() as server:
+        for name, value in server.environment.items():
+            fresh_wandb.setenv(name, value)
+        if arrived:
+            first = both(tmp_path, False)
+            log_steps(first, range(7))
+            first[1].finalize("failed")
+            assert points(server.history) == expected(7)
+        else:
+            kill_a_run(tmp_path)
+            assert len(server.history) < 14
+        go_on(tmp_path)
+        wandb.teardown()
+        assert points(server.history) == expected(10)
+
+
+def test_a_connection_lost_in_the_middle_costs_bounded_time_and_no_row(
+    fresh_wandb: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fresh_wandb.setattr(wandb_run, "FINISH_SECONDS", 2.0)
+    with WandbServer() as server:
+        for name, value in server.environment.items():
+            fresh_wandb.setenv(name, value)
+        loggers = both(tmp_path, False)
+        log_steps(loggers, range(5))
+        server.answers = False
+        began = time.monotonic()
+        log_steps(loggers, range(5, 10))
+        assert time.monotonic() - began < 2
+        loggers[1].finalize("success")
+        assert time.monotonic() - began < 20
+        said = capsys.readouterr().err
+        assert said.count("W&B has not taken everything within 2 s; nothing is lost") == 1
+        (record,) = tmp_path.glob("wandb/run-*/*.wandb")
+        assert points(history_of(list(read_records(record)))) == expected(10)
+        wandb.teardown()
+        server.answers = True
+        again = both(tmp_path, True)  # the finished run, started again: it logs nothing
+        again[1].log_hyperparams({})
+        again[1].finalize("success")
+        wandb.teardown()
+        assert points(server.history) == expected(10)

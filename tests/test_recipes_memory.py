@@ -1,18 +1,22 @@
 """What the recipes' comments say of memory: the planner finds room for each one's longest microbatch on the card that it is meant for."""
 
+from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pytest
 import yaml
+from transformers import LlamaConfig, Qwen3Config
 
-from qlora_lightning.fused.budget import GIB, Budget, plan_rungs
+from qlora_lightning.fused.budget import GIB
 from qlora_lightning.fused.microbatch import LENGTH_STEP
-from qlora_lightning.fused.rungs import BlockShape
+from qlora_lightning.modeling.adapters import LoRASpec
+from qlora_lightning.module import QLoRAModule
+from qlora_lightning.plan.longest import bound
+from qlora_lightning.plan.memory import Forecast
+from qlora_lightning.plan.target import gpu_of
 from qlora_lightning.recipes import shipped_root
-
-CONTEXT_GIB = 0.5
-"""Of CUDA."""
+from qlora_lightning.strategies.policy import MemoryPolicy
 
 
 class Base(NamedTuple):
@@ -26,7 +30,7 @@ class Base(NamedTuple):
     vocabulary: int
     tied: bool = False
     card_gib: float = 22  # 24 GB with error correction on, as on an A10 or L4
-    bits: int = 32
+    bits: Literal[32, 8] = 32
 
 
 BASES = {
@@ -52,19 +56,35 @@ def longest_row(dataset: Any, recipe: Path) -> int:
     return int(-(-tokens // LENGTH_STEP) * LENGTH_STEP)
 
 
+@cache
+def forecast(base: str, rank: int) -> Forecast:
+    """Of a base that need not be here, by its sizes."""
+    sizes = BASES[base]
+    kind = Qwen3Config if "Qwen3" in base else LlamaConfig
+    config = kind(
+        hidden_size=sizes.hidden,
+        intermediate_size=sizes.intermediate,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.heads,
+        num_key_value_heads=sizes.kv_heads,
+        head_dim=sizes.hidden // sizes.heads,
+        vocab_size=sizes.vocabulary,
+        tie_word_embeddings=sizes.tied,
+    )
+    return Forecast(QLoRAModule(base, lora=LoRASpec(r=rank)), config)
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_longest_microbatch_fits_the_card(recipe: Path) -> None:
     values = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    base, rank = BASES[values["model"]["base_model"]], values["model"]["lora"]["r"]
-    d, f, kv = base.hidden, base.intermediate, base.hidden // base.heads * base.kv_heads
-    linear = base.layers * (2 * d * d + 2 * d * kv + 3 * d * f)
-    adapter = base.layers * rank * (2 * 2 * d + 2 * (d + kv) + 3 * (d + f))
-    card_gib, bits = (LARGER_CARD[recipe.stem], 32) if recipe.stem in LARGER_CARD else (base.card_gib, base.bits)
-    held = linear * 4.127 / 8  # NF4 with double quantisation
-    held += base.vocabulary * d * 2 * (1 if base.tied else 2)
-    held += adapter * (4 + 4 + 2 * bits / 8)  # values, gradients, the optimizer's two moments
-    block = BlockShape(d, f, d, 2 * kv, base.heads, rank, head_norms="Qwen3" in values["model"]["base_model"])
-    length = longest_row(values["data"]["dataset"], recipe)
-    tokens = values["data"]["global_batch_size"] // values["trainer"]["accumulate_grad_batches"] * length
-    budget = Budget(int(card_gib * GIB), int(held + CONTEXT_GIB * GIB))
-    assert len(plan_rungs(block, base.layers, tokens, length, base.vocabulary, budget)) == base.layers
+    name = values["model"]["base_model"]
+    base = BASES[name]
+    card_gib = LARGER_CARD.get(recipe.stem, base.card_gib)
+    bits = 32 if recipe.stem in LARGER_CARD else base.bits
+    rows = values["data"]["global_batch_size"] // values["trainer"]["accumulate_grad_batches"]
+    policy = MemoryPolicy(optimizer_bits=bits, paged_optimizer=False)
+    plan = forecast(name, values["model"]["lora"]["r"]).on(
+        gpu_of(card_gib), policy, bound(rows, longest_row(values["data"]["dataset"], recipe))
+    )
+    assert plan.not_fused is None
+    assert plan.fits, f"{plan.step.peak / GIB:.1f} of {card_gib} GiB"

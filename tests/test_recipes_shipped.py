@@ -159,14 +159,15 @@ def test_command_line_wins_over_recipe_and_recipe_over_defaults(tmp_path: Path) 
     assert config.data.dataset.path == str(tmp_path / "x.jsonl")
 
 
-def test_a_named_set_takes_the_place_of_the_recipes(tmp_path: Path) -> None:
+def test_a_named_set_takes_the_place_of_the_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Merged, the rows would be those of one set and the template and the limits those of the other."""
     own = tmp_path / "own.yaml"
     own.write_text("path: rows.jsonl\ntemplate: guanaco\n")
     recipe = str(shipped_root() / "recipes" / "alpaca-7b.yaml")
     second = tmp_path / "second.yaml"
     second.write_text("data: {dataset: own.yaml}\n")
-    for options in (["--data.dataset", str(own)], [f"--data.dataset={own}"], ["--config", str(second)]):
+    monkeypatch.chdir(tmp_path)
+    for options in (["--data.dataset", str(own)], [f"--data.dataset={own}"], ["--data.dataset", "own.yaml"], ["--config", str(second)]):
         _, *resolved = resolve_names(["fit", "--config", recipe, *options])
         dataset = parse(*resolved).data.dataset
         assert (dataset.name, dataset.hub_id, dataset.template) == ("", None, "guanaco")

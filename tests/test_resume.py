@@ -87,7 +87,7 @@ def test_optimizer_settings_may_not_change_on_resume(fit: Callable[..., Path], c
     fit(*OPTIONS, "trainer.max_steps=2")
     with pytest.raises(AssertionError):
         fit(*OPTIONS, "ckpt_path=last", "model.optimizer.learning_rate=0.5")
-    assert "with other optimizer settings" in capsys.readouterr().err
+    assert "model.optimizer.learning_rate was 0.01 in the run of" in capsys.readouterr().err
 
 
 def test_last_adapter_carries_the_metrics_of_its_own_step(fit: Callable[..., Path]) -> None:
@@ -157,3 +157,18 @@ def test_validate_scores_checkpoint_and_adapter_folder_alike(
         options = [*base_options(tiny_base, rows_file, root), "--data.dataset.validation_path", str(rows_file)]
         assert main(["validate", *options, "--ckpt_path", str(path), "--json", "true"]) == 0
         assert json.loads(capsys.readouterr().out)["val/loss"] == pytest.approx(logged, rel=1e-6)
+
+
+def test_a_run_killed_after_its_last_save_gets_what_comes_after_it(fit: Callable[..., Path]) -> None:
+    """The answers after training, and the end of deleting an old checkpoint: such a run has no step left to take."""
+    options = ("data.dataset.validation_size=2", "samples.count=1", "samples.max_new_tokens=2", "checkpoint.every_n_steps=1")
+    root = fit(*options, "trainer.max_steps=3")
+    samples, checkpoints = root / "samples.jsonl", root / "checkpoints"
+    whole = samples.read_text()
+    samples.write_text(whole.splitlines(keepends=True)[0])
+    (checkpoints / "step-00000001").mkdir()
+    (checkpoints / "step-00000001" / "recipe.yaml").touch()
+    fit(*options, "trainer.max_steps=3", "ckpt_path=last")
+    assert samples.read_text() == whole
+    assert sorted(path.name for path in checkpoints.glob("step-*.ckpt")) == ["step-00000002.ckpt", "step-00000003.ckpt"]
+    assert not (checkpoints / "step-00000001").exists()

@@ -9,6 +9,7 @@ from qlora_lightning.data.rendering import whole_text
 from qlora_lightning.errors import UserError
 from qlora_lightning.evaluation.endpoint import ChatRequest, Endpoint, EndpointSpec
 from qlora_lightning.generation import GenerationSpec
+from qlora_lightning.redaction import redacted
 
 
 class ServerAnswerer:
@@ -20,8 +21,8 @@ class ServerAnswerer:
         self._spec = spec
 
     def identity(self) -> dict[str, Any]:
-        """What its answers depend on, as far as it can be known from here."""
-        return {"base_url": self._spec.base_url, "server_model": self._spec.model}
+        """What its answers depend on, as far as it can be known from here; it is written down, so no password in the address."""
+        return {"base_url": redacted(self._spec.base_url), "server_model": self._spec.model}
 
     def answers(
         self, conversations: Mapping[int, Conversation], left: Collection[int], spec: GenerationSpec

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import TextStreamer
 
-from qlora_lightning.console import console, say
+from qlora_lightning.console import console, harmless, say
 from qlora_lightning.data.formats import Conversation, Message
 from qlora_lightning.generation import Assistant, GenerationSpec, load_assistant
 
@@ -51,6 +51,13 @@ def chat(
         conversation.append(Message("assistant", _stream(assistant, conversation, spec)))
 
 
+class _HarmlessStreamer(TextStreamer):
+    """Prints an answer as it comes; what a model writes is not to steer the terminal."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        super().on_finalized_text(harmless(text), stream_end)
+
+
 def _lines() -> Iterator[str]:
     """Questions, without blank ones; a mark is shown where a person types them."""
     while True:
@@ -65,5 +72,5 @@ def _lines() -> Iterator[str]:
 
 def _stream(assistant: Assistant, conversation: Conversation, spec: GenerationSpec) -> str:
     ids, mask = assistant.encode([conversation])
-    streamer = TextStreamer(assistant.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = _HarmlessStreamer(assistant.tokenizer, skip_prompt=True, skip_special_tokens=True)
     return assistant.complete(ids, mask, spec, numbers=[len(conversation)], streamer=streamer)[0].generation

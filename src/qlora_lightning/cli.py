@@ -4,13 +4,15 @@ import importlib
 import inspect
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 from qlora_lightning import __version__
-from qlora_lightning.errors import UserError
+from qlora_lightning.errors import UserError, memory_error
+from qlora_lightning.redaction import redacted
 
 TRAINER_COMMANDS = {
     "fit": "train an adapter: fit --config RECIPE",
@@ -21,6 +23,8 @@ TRAINER_COMMANDS = {
 # command -> (module:function that parses the arguments itself, as it takes every option of fit, and gives the exit code), what it does
 PARSING_COMMANDS = {
     "data": ("qlora_lightning.inspection:data", "see what is trained on, and audit the rows: data inspect --config RECIPE"),
+    "plan": ("qlora_lightning.planning:plan", "what a fit will do, and whether it fits: plan --config RECIPE"),
+    "verify": ("qlora_lightning.verification:verify", "is training exact on this model, data and machine: verify --config RECIPE"),
 }
 # command -> (module:function, or sub-commands of the same kind), what it does
 PLAIN_COMMANDS: dict[str, tuple[str | dict[str, str], str]] = {
@@ -32,6 +36,8 @@ PLAIN_COMMANDS: dict[str, tuple[str | dict[str, str], str]] = {
     "judge": ("qlora_lightning.evaluation.judge.command:judge", "let a model judge answers against each other, as JSON Lines"),
     "elo": ("qlora_lightning.evaluation.tournament.command:elo", "ratings of models from verdicts, with intervals, a picture and a report"),
     "agreement": ("qlora_lightning.evaluation.tournament.agreement:agreement", "how far judges agree: Kendall, Spearman, Fleiss"),
+    "merge": ("qlora_lightning.export.command:merge", "an adapter into a 16-bit model, with evidence of what that costs"),
+    "push": ("qlora_lightning.export.hub:push", "an adapter or a merged model to the hub; without --yes it only says what it would do"),
     "report": ("qlora_lightning.report.command:report", "one HTML page of one or several runs"),
     "recipes": (
         {
@@ -51,9 +57,13 @@ WAYS_ON = {
     "judge": "the verdicts so far are kept, and the same command (without --overwrite) goes on",
 }
 """What a user can do after an interruption; commands that are not here begin anew."""
-SWITCHES = ("--json", "--overwrite", "--strict", "--orders", "--dry_run")
+SWITCHES = ("--json", "--overwrite", "--strict", "--orders", "--dry_run", "--force", "--measure", "--yes", "--private")
 EVAL_PACKAGES = ("lm_eval", "matplotlib", "openai", "scipy", "statsmodels")
 """What the extra ``eval`` installs."""
+
+
+_DIED = re.compile(r"DataLoader worker \(pid.*\d\) (is killed by signal: [\w ]+|exited unexpectedly)")
+"""What torch says when a loader's process is gone."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -68,7 +78,9 @@ def main(argv: list[str] | None = None) -> int:
         line = user_line(error)
         if debug or line is None:
             raise
-        sys.stderr.write(f"qlora-lightning: {line}\n")
+        from qlora_lightning.console import harmless  # only now: rich takes a while to import
+
+        sys.stderr.write(f"qlora-lightning: {harmless(redacted(line))}\n")
         return 2
     except KeyboardInterrupt:
         if (way_on := WAYS_ON.get("".join(arguments[:1]))) is not None:
@@ -85,10 +97,9 @@ def _run(arguments: list[str]) -> int:
         print(__version__)
         return 0
     if command in TRAINER_COMMANDS:
-        from qlora_lightning.lightning_cli import run
+        from qlora_lightning.interruption import interruptible
 
-        _quieten()  # again: Lightning sets its log level when it is imported
-        run(arguments)
+        interruptible(arguments, lambda: _train(arguments))
         return 0
     if command in PARSING_COMMANDS:
         parse_and_run = _load(PARSING_COMMANDS[command][0])
@@ -97,6 +108,13 @@ def _run(arguments: list[str]) -> int:
     if command in PLAIN_COMMANDS:
         return _run_plain(command, arguments[1:])
     raise UserError(f"there is no command {command!r}{_nearest(command)}; see qlora-lightning --help")
+
+
+def _train(arguments: list[str]) -> None:
+    from qlora_lightning.lightning_cli import run
+
+    _quieten()  # again: Lightning sets its log level when it is imported
+    run(arguments)
 
 
 def _run_plain(command: str, arguments: list[str]) -> int:
@@ -127,12 +145,14 @@ def user_line(error: BaseException) -> str | None:
     if isinstance(error, UserError):
         # from a loader's process an error comes with that process's traceback, the error's own line at its end
         return " ".join(str(error).rpartition("qlora_lightning.errors.UserError: ")[2].split())
-    torch = sys.modules.get("torch")  # an error of torch's cannot come from where it was never imported
-    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+    if (memory := memory_error(error)) is not None:  # in a step of a fit, a note says more: callbacks/out_of_memory.py
+        return getattr(memory, "__notes__", [None])[-1] or (
+            f"out of memory ({' '.join(str(memory).split())[:160]}); free some, use a smaller base or batch, or a device that has more"
+        )
+    if isinstance(error, RuntimeError) and (died := _DIED.match(str(error))):
         return (
-            "out of GPU memory; raise trainer.accumulate_grad_batches (smaller microbatches), set "
-            "trainer.strategy.init_args.gradient_checkpointing: full (or a lower memory_budget_gib for auto), "
-            f"or shorten data.dataset.max_length ({str(error).split('.')[0]})"
+            f"a process that makes batches {died[1]}, most often because the kernel ended it for lack of memory; checkpoints stay: "
+            "free some memory or set --data.num_workers 0, and go on with the same command and --ckpt_path last"
         )
     if isinstance(error, ModuleNotFoundError) and (package := (error.name or "").partition(".")[0]) in EVAL_PACKAGES:
         return f"this command needs the package {package}; install what evaluations need: pip install 'qlora-lightning[eval]'"

@@ -19,7 +19,7 @@ from rich.table import Table
 from qlora_lightning import __version__
 from qlora_lightning.kernels.attention import Layout, choose_backend, describe, fa4_installed
 from qlora_lightning.kernels.heads import Heads
-from qlora_lightning.loggers import reachable, wandb_logged_in, wandb_mode
+from qlora_lightning.loggers.wandb_mode import reachable, wandb_logged_in, wandb_mode
 from qlora_lightning.machine import usable_cores
 
 GIB = 2**30

@@ -1,8 +1,6 @@
 """fit, validate, test and predict: LightningCLI with shared defaults, recipes by name, run folders and checks before anything loads."""
 
 import json
-import signal
-import sys
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -12,31 +10,39 @@ from typing import Any
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.markup import escape
 from rich.table import Table
 
-from qlora_lightning.callbacks.adapter_checkpoint import FOLDER, AdapterCheckpoint
+from qlora_lightning.callbacks.adapter_checkpoint import FOLDER, AdapterCheckpoint, put_right
 from qlora_lightning.callbacks.announce import Announce
+from qlora_lightning.callbacks.history import History
 from qlora_lightning.callbacks.mmlu import MMLU
 from qlora_lightning.callbacks.mmlu import show as show_mmlu
 from qlora_lightning.callbacks.monitor import Monitor
+from qlora_lightning.callbacks.nonfinite import Nonfinite
+from qlora_lightning.callbacks.out_of_memory import OutOfMemory
 from qlora_lightning.callbacks.predictions import Predictions
 from qlora_lightning.callbacks.progress import RunProgress
 from qlora_lightning.callbacks.random_state import RandomState
 from qlora_lightning.callbacks.resume import Resume
 from qlora_lightning.callbacks.samples import Samples
+from qlora_lightning.callbacks.stop import StopBetweenSteps
 from qlora_lightning.callbacks.validation import ValidateEvery
 from qlora_lightning.console import console, say
 from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.data.spec import DatasetSpec
+from qlora_lightning.disk import write_whole
 from qlora_lightning.errors import UserError
 from qlora_lightning.loggers import RunCSVLogger, RunWandbLogger
 from qlora_lightning.modeling.adapters import adapter_metadata
+from qlora_lightning.modeling.sources import resolve_base
 from qlora_lightning.module import QLoRAModule
 from qlora_lightning.parser import OneLineParser
 from qlora_lightning.recipes import find_datamodule, find_recipe, names_dataset, shared_defaults
+from qlora_lightning.redaction import redacted
 from qlora_lightning.run_folder import check_folder, clear_folder, find_checkpoint, lies_in, run_folder
+from qlora_lightning.run_lock import RunLock
 from qlora_lightning.strategies import QLoRAStrategy
 
 CONFIG_FILE = "config.yaml"
@@ -45,15 +51,7 @@ CONFIG_FILE = "config.yaml"
 def run(arguments: list[str]) -> None:
     """Run one of LightningCLI's commands with ``arguments`` (the command first)."""
     command, *options = resolve_names(arguments)
-    try:
-        QLoRACLI([command, "--config", str(shared_defaults()), *options])
-    except SIGTERMException:
-        say("Stopped by SIGTERM; go on with the same command and --ckpt_path last")
-        sys.exit(128 + signal.SIGTERM)  # a job that was told to stop did not succeed
-    except SystemExit as end:
-        if end.code == 1:  # how Lightning ends after Ctrl-C
-            raise KeyboardInterrupt from end
-        raise
+    QLoRACLI([command, "--config", str(shared_defaults()), *options])
 
 
 def resolve_names(arguments: list[str]) -> list[str]:
@@ -73,7 +71,8 @@ def resolve_names(arguments: list[str]) -> list[str]:
         found = finders[option](value if equals else rest.pop(0))
         if isinstance(found, Path) and (option == "--data.dataset" or names_dataset(found)):
             resolved += blank
-        resolved += [option, str(found)]
+        # absolute: jsonargparse would take mine.yaml for a name in a module
+        resolved += [option, str(found.absolute() if isinstance(found, Path) else found)]
     return resolved
 
 
@@ -99,7 +98,7 @@ class RunFolder(SaveConfigCallback):
             clear_folder(root)
         config = self.config.clone()
         config.overwrite, config.ckpt_path = False, None  # of this start, not of the run
-        (root / CONFIG_FILE).write_text(self.parser.dump(config, skip_none=False))
+        write_whole(root / CONFIG_FILE, redacted(self.parser.dump(config, skip_none=False)))
         for logger in trainer.loggers:
             logger.log_hyperparams(config.as_dict())
 
@@ -111,6 +110,16 @@ class QLoRACLI(LightningCLI):
         set_parsing_settings(docstring_parse_attribute_docstrings=True)  # a dataclass explains its fields under them
         self._command = arguments[0]
         self.initial_adapter: Path | None = None
+        self._lock: RunLock | None = None
+        try:
+            self._run(arguments)
+        finally:
+            if self._lock is not None:
+                self._lock.release()
+
+    def _run(self, arguments: list[str]) -> None:
+        self._resume = Resume()
+        own = [History(), StopBetweenSteps(), self._resume, RandomState(), Monitor(), RunProgress(), Announce(), OutOfMemory()]
         super().__init__(
             QLoRAModule,
             InstructionDataModule,
@@ -118,7 +127,7 @@ class QLoRACLI(LightningCLI):
             save_config_callback=RunFolder,
             seed_everything_default=0,
             auto_configure_optimizers=False,
-            trainer_defaults={"callbacks": [Resume(), RandomState(), Monitor(), RunProgress(), Announce()]},
+            trainer_defaults={"callbacks": own},
             args=arguments,
         )
 
@@ -129,6 +138,7 @@ class QLoRACLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(AdapterCheckpoint, "checkpoint")
         parser.add_lightning_class_args(ValidateEvery, "validation")
+        parser.add_lightning_class_args(Nonfinite, "nonfinite")
         parser.add_lightning_class_args(Samples, "samples")
         parser.add_lightning_class_args(Predictions, "generation")
         parser.add_lightning_class_args(MMLU, "mmlu")
@@ -149,6 +159,9 @@ class QLoRACLI(LightningCLI):
         config = self.config[self.subcommand]
         self.root = run_folder(config)
         config.trainer.default_root_dir = str(self.root)
+        if self.subcommand == "fit":
+            self._lock = RunLock(self.root)
+            put_right(self.root / FOLDER)
         if "verbose" in config:
             config.verbose = False  # Lightning's own table would go to standard output; `_report` takes its place
         given, fitting = config.ckpt_path, self.subcommand == "fit"
@@ -164,10 +177,12 @@ class QLoRACLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add the CSV logger to whatever a fit logs to; the other commands report on the terminal."""
         chosen = [logger for logger in _as_list(self._get(self.config_init, "trainer")["logger"]) if not isinstance(logger, bool)]
-        loggers = [RunCSVLogger(str(self.root)), *chosen] if self.subcommand == "fit" else []
+        history = RunCSVLogger(str(self.root))
+        loggers = [history, *chosen] if self.subcommand == "fit" else []
         for logger in chosen:
             if isinstance(logger, RunWandbLogger):
                 logger.resume = self._continues
+                logger.history = history if loggers else None
                 if self.subcommand == "validate" and self._continues and logger.id_path.is_file():
                     self._mmlu.record = logger
         try:
@@ -178,6 +193,8 @@ class QLoRACLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """Check what needs no model: strategy, precision and batch arithmetic."""
         self.model.initial_adapter = self.initial_adapter
+        if checkpoint := self._get(self.config, "ckpt_path"):
+            self._resume.checkpoint = Path(checkpoint)
         if self.initial_adapter is not None:
             trained = adapter_metadata(self.initial_adapter).get("template", self.datamodule.spec.template)
             if trained != self.datamodule.spec.template:
@@ -200,6 +217,7 @@ class QLoRACLI(LightningCLI):
     # Data is prepared by whoever comes first, before there is a process group whose other ranks could tire of waiting.
 
     def before_fit(self) -> None:
+        resolve_base(self.model.base_model)  # weights that are not there are missed before rows are read, which may take long
         self.datamodule.setup("fit")
 
     def before_validate(self) -> None:

@@ -4,6 +4,8 @@ To follow one training step: ``training_step`` here, ``data/collate.py`` for wha
 Shapes: B rows of a microbatch, T tokens of a row, P scored positions of a row, V vocabulary.
 """
 
+import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +27,8 @@ from qlora_lightning.errors import UserError
 from qlora_lightning.fused.runner import Runner
 from qlora_lightning.fused.start import fused_runner
 from qlora_lightning.generation import Assistant, GenerationSpec
-from qlora_lightning.modeling.adapters import LoRASpec, attach_lora, check_adapter_shapes, load_adapter, norms_to_fp32
+from qlora_lightning.manifest import check_manifest, environment, fit_manifest, model_manifest
+from qlora_lightning.modeling.adapters import LoRASpec, adapter_metadata, attach_lora, check_adapter_shapes, load_adapter, norms_to_fp32
 from qlora_lightning.modeling.checkpointing import apply_gradient_checkpointing
 from qlora_lightning.modeling.fingerprint import base_fingerprint
 from qlora_lightning.modeling.flat import FlatAdapter
@@ -33,16 +36,9 @@ from qlora_lightning.modeling.ledger import ledger, ledger_table
 from qlora_lightning.modeling.loading import Compute, QuantizationSpec, check_fp8, compute_dtype, load_base_model
 from qlora_lightning.modeling.packed import check_packing
 from qlora_lightning.modeling.sources import stored_source
-from qlora_lightning.optim import OptimizerSpec, build_optimizer, build_schedule, state_bytes
+from qlora_lightning.modeling.tokenizer import check_tokenizer
+from qlora_lightning.optim import OptimizerSpec, build_optimizer, build_schedule, refuse_step, state_bytes
 from qlora_lightning.strategies.policy import MemoryPolicy
-
-COMPARED = {
-    "base_fingerprint": "weights of the base model",
-    "quantization": "quantization",
-    "lora": "LoRA r and alpha",
-    "optimizer": "optimizer settings",
-}
-"""What of ``metadata`` a checkpoint must share with the recipe that loads it."""
 
 
 class QLoRAModule(LightningModule):
@@ -93,7 +89,9 @@ class QLoRAModule(LightningModule):
         self.generation = GenerationSpec()
         """How ``predict`` draws answers, set before it starts."""
         self.strict_loading = False  # a checkpoint never holds the frozen base; on_load_checkpoint compares what it does hold
-        self._step_loss: Tensor | float = 0.0
+        self._step_loss = torch.zeros(())
+        self.on_nonfinite: Callable[[float, float], None] = refuse_step
+        """Told loss and norm of a step of which one is no finite number; unless it raises, the update is left out."""
         self._runner: Runner | None = None
         self._heldout = HeldoutSums()
 
@@ -118,6 +116,9 @@ class QLoRAModule(LightningModule):
             self._prepare_training(device)
 
     def _build(self, device: torch.device) -> None:
+        if self.initial_adapter is not None:
+            data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+            check_tokenizer(data.tokenizer, adapter_metadata(self.initial_adapter), self.initial_adapter)
         self._compute_dtype = compute_dtype(self.compute, device)
         if self.trainer.state.fn == "fit":
             check_fp8(self.compute, self.fused, device)
@@ -214,7 +215,11 @@ class QLoRAModule(LightningModule):
         self.log("train/loss", self._step_loss)
         self.log("train/grad_norm", self.grad_norm)
         self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
-        self._step_loss = 0.0
+        loss, norm = torch.stack([self._step_loss, self.grad_norm]).tolist()  # once a step the host waits for the device: here
+        self._step_loss = torch.zeros(())
+        if not math.isfinite(loss + norm):  # weights and optimizer state never see it
+            self.on_nonfinite(loss, norm)
+            self.flat.withhold()
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: int | float | None = None, gradient_clip_algorithm: str | None = None
@@ -281,21 +286,18 @@ class QLoRAModule(LightningModule):
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["qlora_lightning"] = self.metadata()
+        device = self.trainer.strategy.root_device
+        manifest = {"manifest": fit_manifest(self, self.trainer), "environment": environment(device)}
+        checkpoint["qlora_lightning"] = self.metadata() | manifest
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another base, quantisation or adapter, in one line that says what differs."""
-        mine, theirs = self.metadata(), checkpoint.get("qlora_lightning", {})
-        if not theirs:
-            raise UserError("this checkpoint was not written by qlora-lightning; give a .ckpt of a run folder's checkpoints/")
+        """Refuse a checkpoint of another base, quantisation or adapter, for a fit of any other recipe; see ``manifest.py``."""
+        saved = checkpoint.get("qlora_lightning", {})
+        if "manifest" not in saved:
+            raise UserError("this checkpoint was not written by this version of qlora-lightning; start from the adapter folder beside it")
         given, expected = (
             {name: tuple(value.shape) for name, value in state.items()} for state in (checkpoint["state_dict"], self.state_dict())
         )
         check_adapter_shapes(given, expected, "the checkpoint")
-        fitting = self.trainer.state.fn == "fit"  # the optimizer goes on as it was: other settings would be ignored without a word
-        for key, meaning in COMPARED.items():
-            if mine[key] != theirs[key] and (fitting or key != "optimizer"):
-                raise UserError(
-                    f"the checkpoint was trained on {theirs['base_model']} with other {meaning} ({theirs[key]}) than this recipe's "
-                    f"{self.base_model} ({mine[key]}); resume with the recipe that began the run"
-                )
+        mine = fit_manifest(self, self.trainer) if self.trainer.state.fn == "fit" else model_manifest(self)
+        check_manifest(saved["manifest"], mine, "the checkpoint")

@@ -111,6 +111,13 @@ def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
                 values[key] = value.to(parameter.device)
 
 
+def refuse_step(loss: float, norm: float) -> None:
+    """Raises UserError: a step whose loss or gradient is no finite number would make every weight one."""
+    raise UserError(
+        f"a step has loss {loss:.4g} and gradient norm {norm:.4g}, which no update can use; lower model.optimizer.learning_rate"
+    )
+
+
 def state_bytes(optimizer: Optimizer) -> tuple[int, int]:
     """Bytes of the optimizer's state, and how many of them lie in unified memory."""
     tensors = [value for values in optimizer.state.values() for value in values.values() if isinstance(value, torch.Tensor)]

@@ -3,27 +3,109 @@
 import difflib
 import inspect
 import json
+import os
 import re
 from argparse import HelpFormatter
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser
+import yaml
+from jsonargparse import ArgumentParser, get_loader, set_loader, set_parsing_settings
 
 from qlora_lightning.errors import UserError
 
 UNKNOWN = re.compile(r"unrecognized arguments: (?:--)?(?P<a>[^\s=]+)|(?:does not accept option|No action for key|Key) '(?P<b>[^']+)'")
+DENIED = re.compile(r"Importing '(?P<path>[^']+)' is not allowed")
+CLASSES = (
+    "qlora_lightning",
+    *(f"lightning.pytorch.{part}" for part in ("callbacks", "loggers", "plugins.environments", "profilers")),
+    "lightning.fabric.plugins.environments",
+)
+"""What a recipe may name classes of: to import a module is to run it, and a recipe may come from anywhere."""
+TRUST = "QLORA_LIGHTNING_TRUST"
+"""Environment variable in which a user names further packages, with commas between; a recipe cannot set it."""
+
+MOST_VALUES = 100_000
+"""In a YAML, with what it repeats by name counted each time; a recipe has a hundred."""
+
+
+def restrict() -> None:
+    """Let no option or YAML import anything but ``CLASSES`` and what the user trusts, nor be read from elsewhere than local files."""
+    trusted = [name.strip() for name in os.environ.get(TRUST, "").split(",") if name.strip()]
+    if bad := [name for name in trusted if not all(part.isidentifier() for part in name.split("."))]:
+        raise UserError(f"{TRUST} must name packages with commas between, as in my_callbacks,my_loggers, got {bad[0]!r}; correct it")
+    set_parsing_settings(
+        import_path_denylist=["*", "lightning.pytorch.callbacks.lambda_function"],  # which calls whatever it is given
+        import_path_allowlist=[*CLASSES, *trusted],
+        config_read_mode_urls_enabled=False,
+        config_read_mode_fsspec_enabled=False,  # LightningCLI turns it on
+    )
+    set_loader("yaml", _load_yaml, (yaml.YAMLError,))
+
+
+_LOAD: Callable[[str], Any] = get_loader("yaml")
+
+
+def _load_yaml(text: str) -> Any:
+    """As jsonargparse does, within bounds: a few lines of aliases can stand for more values than any memory holds."""
+    try:
+        value = _LOAD(text)
+        values = _count(value, {})
+    except RecursionError:
+        raise UserError(f"a YAML may not nest without end, and this one does: {text[:60]!r}…; correct it") from None
+    if values > MOST_VALUES:
+        raise UserError(
+            f"a YAML may hold {MOST_VALUES:,} values at most, and this one stands for more: {text[:60]!r}…; write it out shorter"
+        )
+    return _datasets_as_files(value)
+
+
+def _datasets_as_files(value: Any) -> Any:
+    """``dataset: mine.yaml`` as ``./mine.yaml``: jsonargparse would take it for a name in a module ``mine``, not to be imported."""
+    if isinstance(value, list):
+        return [_datasets_as_files(one) for one in value]
+    if not isinstance(value, dict):
+        return value
+    return {key: _as_file(one) if key in ("dataset", "data.dataset") else _datasets_as_files(one) for key, one in value.items()}
+
+
+def _as_file(value: Any) -> Any:
+    return f"./{value}" if isinstance(value, str) and value.endswith((".yaml", ".yml")) and "/" not in value else value
+
+
+def _count(value: Any, known: dict[int, int]) -> int:
+    """The values in ``value``; ``known`` holds the counts of lists and mappings by their identity."""
+    if not isinstance(value, list | dict):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = 1 + sum(_count(one, known) for one in (value.values() if isinstance(value, dict) else value))
+    return known[id(value)]
 
 
 class OneLineParser(ArgumentParser):
     """Raises ``UserError`` where argparse prints its usage and exits. Takes no abbreviations: half a name is a misspelt one."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        restrict()
         super().__init__(*args, **kwargs)
         self.allow_abbrev = False
 
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        """As jsonargparse does; a class that may not be imported is an error like any other, wherever it is named."""
+        try:
+            return super().parse_args(*args, **kwargs)
+        except (ImportError, TypeError, ValueError) as error:
+            if DENIED.search(str(error)) is None:
+                raise
+            self.error(str(error), error)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Say what is wrong with the arguments in one line, with the nearest option for an unknown one."""
+        if denied := DENIED.search(message):
+            raise UserError(
+                f"a recipe may name classes of {', '.join(CLASSES)}, got {denied['path']}, whose code would run; "
+                f"if you trust it, export {TRUST}={denied['path'].rpartition('.')[0]}"
+            ) from ex
         match = UNKNOWN.search(message)
         if match:
             key = match["a"] or match["b"]

@@ -62,7 +62,7 @@ def _content(recipe: Path) -> dict[str, Any]:
     """What a YAML says; nothing where it is broken, of which the parser says more."""
     try:
         return _mapping(yaml.safe_load(recipe.read_text(encoding="utf-8")))
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         return {}
 
 

@@ -1,35 +1,41 @@
 """The folder of a run: where it is, what is in it already, and which checkpoint a run starts from."""
 
-import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
 
 from qlora_lightning.callbacks.adapter_checkpoint import FOLDER
-from qlora_lightning.callbacks.run_files import MMLU_FOLDER, SAMPLES_FILE
+from qlora_lightning.callbacks.run_files import MMLU_FOLDER, NONFINITE_FILE, SAMPLES_FILE
 from qlora_lightning.console import say
 from qlora_lightning.errors import UserError
 from qlora_lightning.modeling.adapters import ADAPTER_FILE
+from qlora_lightning.strategies.checkpoint_io import furthest_checkpoint
 
 METRICS_FILE = "metrics.csv"
+DELETED = ".deleted"
+"""Ends the name of a folder of checkpoints that is being deleted."""
+
+
+def named_folder(config: Namespace) -> Path:
+    """``trainer.default_root_dir``, else ``runs/`` and the name of the last recipe given."""
+    root = config.trainer.default_root_dir
+    _, *recipes = [Path(str(file)).stem for file in config.config]  # the first are the shared defaults
+    return Path(root) if root else Path("runs", recipes[-1] if recipes else "unnamed")
 
 
 def run_folder(config: Namespace) -> Path:
-    """``trainer.default_root_dir``, else ``runs/`` and the name of the last recipe given.
+    """``named_folder``, made where it is not there yet.
 
     Raises:
         UserError: it cannot be made or written to.
     """
-    root = config.trainer.default_root_dir
-    _, *recipes = [Path(str(file)).stem for file in config.config]  # the first are the shared defaults
-    folder = Path(root) if root else Path("runs", recipes[-1] if recipes else "unnamed")
+    folder = named_folder(config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=folder).close()  # without a name, so that a kill leaves nothing
     except OSError as error:
         raise UserError(f"run folder {folder} is not writable ({error.strerror}); set --trainer.default_root_dir to one that is") from error
     return folder
@@ -39,7 +45,7 @@ def find_checkpoint(given: Any, root: Path, required: bool) -> tuple[str | None,
     """The checkpoint file to resume from and the adapter folder to start from, of which at most one is set.
 
     Args:
-        given: ``last``, ``best``, a .ckpt file, an adapter folder, or None.
+        given: ``last`` (where there is none, the furthest of the others), ``best``, a .ckpt file, an adapter folder, or None.
         root: The run folder that ``last`` and ``best`` are looked for in.
         required: Whether a missing ``last`` is an error; a fit without one begins at the beginning, so that one command serves both.
 
@@ -51,6 +57,9 @@ def find_checkpoint(given: Any, root: Path, required: bool) -> tuple[str | None,
     path = Path(str(given))
     if str(given) in ("last", "best"):
         path = root / FOLDER / f"{given}.ckpt"
+        if not path.is_file() and str(given) == "last" and (furthest := furthest_checkpoint(path.parent)) is not None:
+            say(f"No {path}: going on from {furthest[1]}, of step {furthest[0]}")
+            return str(furthest[1]), None
         if not path.is_file() and str(given) == "last" and not required:
             say(f"No {path} yet: beginning at the beginning")
             return None, None
@@ -85,10 +94,14 @@ def check_folder(root: Path, continues: bool, overwrite: bool, source: Path | No
 
 
 def clear_folder(root: Path) -> None:
-    """Delete the checkpoints, metrics, samples and MMLU evaluations of an earlier run."""
-    for name in (FOLDER, MMLU_FOLDER):
-        shutil.rmtree(root / name, ignore_errors=True)
-    for name in (METRICS_FILE, SAMPLES_FILE):
+    """Delete the checkpoints, metrics, samples, MMLU evaluations and list of steps without an update of an earlier run."""
+    deleted = root / f"{FOLDER}{DELETED}"
+    shutil.rmtree(deleted, ignore_errors=True)
+    if (root / FOLDER).is_dir():
+        (root / FOLDER).rename(deleted)  # at once: half a folder could be taken for the new run's
+    for folder in (deleted, root / MMLU_FOLDER):
+        shutil.rmtree(folder, ignore_errors=True)
+    for name in (METRICS_FILE, SAMPLES_FILE, NONFINITE_FILE):
         (root / name).unlink(missing_ok=True)
 
 

@@ -1,7 +1,9 @@
 """Progress counts optimizer steps: with accumulation, a short last step and after a resume; in a log file and on a terminal."""
 
 import io
+import itertools
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -187,3 +189,24 @@ def test_clock_and_empty_reading() -> None:
     assert (clock(None), clock(59.9), clock(3725), clock(100 * 3600)) == ("-:--:--", "0:00:59", "1:02:05", "100:00:00")
     assert str(Reading(None, None, None)) == ""
     assert str(Reading(1.5, None, 12345.6)) == "loss 1.5000  12,346 tokens/s"
+
+
+def test_a_clock_that_is_set_changes_no_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """NTP sets the clock of the day an hour back and two hours forth while steps are counted."""
+    jumps, real = itertools.cycle((-3600.0, 7200.0)), time.time
+    monkeypatch.setattr(time, "time", lambda: real() + next(jumps))
+    trainer(RunProgress(every_n_steps=1), tmp_path, enable_checkpointing=False).fit(Toy(), loader())
+    times = [line.rpartition("tokens/s  ")[2] for line in step_lines(capsys.readouterr().err)]
+    assert len(times) == 6 and all(re.fullmatch(r"0:00:0\d < (0:00:0\d|-:--:--)", text) for text in times)
+
+
+def test_nothing_is_measured_by_the_clock_of_the_day() -> None:
+    """It may be set while a run goes on. Allowed are dates that a server gives and that a person reads."""
+    allowed = {"evaluation/waiting.py", "run_lock.py"}
+    package = Path(progress.__file__).parents[1]
+    users = {
+        file.relative_to(package).as_posix()
+        for file in package.rglob("*.py")
+        if re.search(r"\btime\.time\(|\bimport time\b.*\btime\(|datetime\.(now|utcnow)\(", file.read_text())
+    }
+    assert users <= allowed

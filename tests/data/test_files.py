@@ -4,7 +4,6 @@ import csv
 import gzip
 import json
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -242,7 +241,7 @@ def test_a_connection_that_breaks_while_reading_is_said_in_one_line(monkeypatch:
 
         def __exit__(self, *_: Any) -> None: ...
 
-        def __iter__(self) -> Iterator[bytes]:
+        def readline(self, size: int) -> bytes:
             raise ConnectionError("reset by peer")
 
     monkeypatch.setattr(files, "open_url", lambda url: Broken())

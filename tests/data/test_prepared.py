@@ -1,13 +1,15 @@
 """Prepared sets: made once, found again, whole or not there, and the same however many processes made them."""
 
+import errno
 import gzip
 import json
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import sleep
 from typing import Any
@@ -16,6 +18,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from filelock import FileLock
 from making import CHATML_CHAT, located, prepare_rows, turns
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
@@ -536,17 +539,112 @@ def test_another_layout_of_a_folder_is_another_set(
     assert answers() == ["two<|im_end|>", "one<|im_end|>"]
 
 
+@pytest.mark.usefixtures("small_batches")
 def test_a_process_that_is_killed_is_one_line(
     rows_at: Callable[..., Path],
     make_spec: SpecMaker,
     tiny_tokenizer: PreTrainedTokenizerFast,
     monkeypatch: pytest.MonkeyPatch,
+    cache: Path,
 ) -> None:
-    def broken(*_: Any) -> Iterator[Chunk]:
-        raise BrokenProcessPool
+    """SIGKILL, as from the kernel when memory is out, while rows are still being read; nothing of the set is left."""
+    read = prepared.read_files
 
-    monkeypatch.setattr(workers, "_ALONE", 0)
-    monkeypatch.setattr(workers, "_BATCH", 2)
-    monkeypatch.setattr(workers.ProcessPoolExecutor, "submit", broken)
+    def killing(*arguments: Any) -> Iterator[Any]:
+        for number, row in enumerate(read(*arguments)):
+            if number == 20:
+                children = multiprocessing.active_children()
+                assert children
+                for child in children:
+                    child.kill()
+            yield row
+
+    monkeypatch.setattr(prepared, "read_files", killing)
     with pytest.raises(UserError, match=r"a process that tokenizes was killed, likely for lack of memory; set --data\.num_proc 1"):
-        prepare([rows_at(ROWS)], make_spec(), tiny_tokenizer, 2)
+        prepare([rows_at(ROWS * 4)], make_spec(), tiny_tokenizer, 2)
+    assert sets_in(cache) == []
+
+
+@pytest.mark.parametrize("change", ["append", "cut", "remove", "rewrite"])
+def test_a_file_that_changes_while_it_is_prepared_is_not_kept(
+    rows_at: Callable[..., Path],
+    make_spec: SpecMaker,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+    cache: Path,
+    change: str,
+) -> None:
+    """Else its rows would be found again under the name of those that it had before."""
+    file, read = rows_at(ROWS), prepared.read_files
+    text = file.read_text()
+
+    def changing(*arguments: Any) -> Iterator[Any]:
+        for number, row in enumerate(read(*arguments)):
+            if number == 5:
+                match change:
+                    case "append":
+                        file.write_text(text + text)
+                    case "cut":
+                        os.truncate(file, len(text) // 2)
+                    case "rewrite":
+                        file.write_text(text.replace("question", "QUESTION"))
+                    case "remove":
+                        file.unlink()
+            yield row
+
+    monkeypatch.setattr(prepared, "read_files", changing)
+    said = {
+        "append": f"changed from {len(text):,} to {2 * len(text):,} bytes",
+        "cut": f"changed from {len(text):,} to {len(text) // 2:,} bytes",
+    }
+    said |= {"rewrite": "written to", "remove": "removed"}
+    with pytest.raises(UserError, match=rf"^{file} was {said[change]} while it was being read; put it back"):
+        prepare([file], make_spec(), tiny_tokenizer, 1)
+    assert sets_in(cache) == []
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    rows_at: Callable[..., Path],
+    make_spec: SpecMaker,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+    cache: Path,
+) -> None:
+    write = prepared._write
+    monkeypatch.setattr(prepared, "_write", lambda file, chunks: write(Path("/dev/full"), chunks))
+    with pytest.raises(UserError, match=r"cannot be written \(No space left on device\); set QLORA_LIGHTNING_CACHE to a folder that can$"):
+        prepare([rows_at(ROWS)], make_spec(), tiny_tokenizer, 1)
+    assert sets_in(cache) == []
+
+
+def test_a_set_that_is_there_needs_no_right_to_write(
+    rows_at: Callable[..., Path], make_spec: SpecMaker, tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = prepare([rows_at(ROWS)], make_spec(), tiny_tokenizer, 1).examples.fingerprint()
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", refused)
+    monkeypatch.setattr(prepared, "FileLock", refused)
+    assert prepare([rows_at(ROWS)], make_spec(), tiny_tokenizer, 1).examples.fingerprint() == whole
+
+
+def test_who_waits_for_another_process_says_so(
+    rows_at: Callable[..., Path],
+    make_spec: SpecMaker,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+    cache: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(prepared, "_SAID_FROM", 0.1)
+    target = cache / prepared._key([rows_at(ROWS)], make_spec(), tiny_tokenizer)
+    cache.mkdir(parents=True)
+    with ThreadPoolExecutor(1) as thread, FileLock(f"{target}.lock"):
+        waiting = thread.submit(prepare, [rows_at(ROWS)], make_spec(), tiny_tokenizer, 1)
+        while f"Waiting for another process that prepares {target.name}" not in (said := "".join(capsys.readouterr().err.split("\n"))):
+            assert not said
+            sleep(0.05)
+        assert not waiting.done()
+    assert waiting.result().rows == len(ROWS)

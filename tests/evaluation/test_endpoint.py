@@ -264,3 +264,10 @@ def test_a_busy_server_passes_the_check(answer: Answer) -> None:
 def test_impossible_settings(options: dict[str, Any], line: str) -> None:
     with pytest.raises(UserError, match=line):
         EndpointSpec(**{"base_url": "http://x/v1", "model": "m"} | options)
+
+
+@pytest.mark.parametrize("hours", [-5, 0, 5])
+def test_a_date_to_come_back_at_counts_from_the_servers_own_clock(hours: int) -> None:
+    now = datetime.now(UTC) + timedelta(hours=hours)
+    headers = {"retry-after": format_datetime(now + timedelta(seconds=30), usegmt=True), "date": format_datetime(now, usegmt=True)}
+    assert waiting.retry_after(headers) == 30

@@ -22,7 +22,7 @@ from qlora_lightning.fused.rungs import Rung
 from qlora_lightning.kernels import reference
 from qlora_lightning.modeling.flat import FlatAdapter
 from qlora_lightning.modeling.loading import check_fp8, compute_dtype
-from qlora_lightning.plan import precision
+from qlora_lightning.plan.run import precision
 
 CPU = torch.device("cpu")
 SEED = torch.tensor([7])

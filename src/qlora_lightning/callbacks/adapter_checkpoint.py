@@ -1,22 +1,28 @@
 """Checkpoints to resume from, each beside a PEFT adapter folder to use: ``last``, ``best`` and every n steps."""
 
+import json
 import math
-import os
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from qlora_lightning.callbacks.run_files import SAMPLES_FILE
 from qlora_lightning.card import adapter_card
+from qlora_lightning.disk import ASIDE, disk_trouble, link, link_tree, replace_folder, sync, sync_tree
 from qlora_lightning.errors import UserError
-from qlora_lightning.loggers import RunWandbLogger
-from qlora_lightning.modeling.adapters import save_adapter
+from qlora_lightning.interruption import Interrupted
+from qlora_lightning.loggers import RunCSVLogger, RunWandbLogger
+from qlora_lightning.modeling.adapters import METADATA_FILE, save_adapter
 from qlora_lightning.module import QLoRAModule
+from qlora_lightning.redaction import redacted_values
+from qlora_lightning.strategies.checkpoint_io import PARTIAL, DamagedCheckpoint, read_checkpoint
 
-FOLDER = "checkpoints"
+FOLDER, DRAFT = "checkpoints", ".next"
 
 
 class AdapterCheckpoint(Checkpoint):
@@ -73,14 +79,17 @@ class AdapterCheckpoint(Checkpoint):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._save_if_due(trainer)  # before any other callback's on_train_end can fail
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Also of a run that was killed after its last save: it has no step left, and Lightning no end of training for it."""
+        if trainer.is_global_zero:
+            self._remove_old(trainer, later=False)
         for logger in trainer.loggers:
             if isinstance(logger, RunWandbLogger):
                 logger.upload_adapter(run_checkpoints(trainer) / "last", {"step": trainer.global_step})
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save when the run is told to stop: Lightning heeds SIGTERM between batches, so that the last update is whole."""
-        if isinstance(exception, SIGTERMException) and trainer.global_step != self._saved_step:
+        """Save when the run is told to stop and the state is whole: see ``callbacks/stop.py``."""
+        if isinstance(exception, Interrupted) and exception.step is not None and trainer.global_step != self._saved_step:
             self._save_step(trainer)
 
     def _save_if_due(self, trainer: Trainer) -> None:
@@ -89,41 +98,60 @@ class AdapterCheckpoint(Checkpoint):
             self._save_step(trainer)
 
     def _save_step(self, trainer: Trainer) -> None:
-        """Save ``last`` and, where they are kept, ``step-<n>`` as the same file under another name."""
+        """Save ``last`` and, where they are kept, ``step-<n>``: the same files under other names."""
+        name = f"step-{trainer.global_step:08d}" if self.keep else None
+        self._save(trainer, "last", name)
         self._saved_step = trainer.global_step
-        self._save(trainer, "last")
-        if self.keep:
-            last, step = (run_checkpoints(trainer) / name for name in ("last", f"step-{trainer.global_step:08d}"))
-            _link(last.with_suffix(".ckpt"), step.with_suffix(".ckpt"))
-            shutil.copytree(last, step, dirs_exist_ok=True)
+        if trainer.is_global_zero:
             self._remove_old(trainer)
 
-    def _save(self, trainer: Trainer, name: str) -> None:
-        """Write the adapter folder first: a checkpoint whose name is there has its adapter beside it."""
-        folder = run_checkpoints(trainer) / name
-        module = trainer.lightning_module
+    def _save(self, trainer: Trainer, name: str, also: str | None = None) -> None:
+        """Write a checkpoint and its adapter folder as ``name``; as ``also`` before, which is a further name of the same files."""
+        place = run_checkpoints(trainer) / name
+        with _naming_disk_trouble(trainer, place.parent):
+            if trainer.is_global_zero:
+                self._draft_adapter(trainer, place)
+            if also is None:
+                _publish(trainer, place, trainer.save_checkpoint)
+                return
+            step = place.with_name(also)
+            if trainer.is_global_zero:
+                link_tree(_draft(place), _draft(step))
+            _publish(trainer, step, trainer.save_checkpoint)
+            if trainer.is_global_zero:
+                _publish(trainer, place, lambda file: _name_too(step.with_suffix(".ckpt"), file))
+
+    def _draft_adapter(self, trainer: Trainer, place: Path) -> None:
+        """Write the folder that is to be at ``place`` beside it, its metadata last: what has those is whole."""
+        module, data = trainer.lightning_module, trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(module, QLoRAModule)
-        if trainer.is_global_zero:
-            self._save_adapter(trainer, module, folder)
-        trainer.save_checkpoint(folder.with_suffix(".ckpt"))
-
-    def _save_adapter(self, trainer: Trainer, module: QLoRAModule, folder: Path) -> None:
+        root = Path(trainer.default_root_dir)
         metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
-        metadata = module.metadata() | trainer.datamodule.metadata() | {"step": trainer.global_step, "metrics": metrics}  # type: ignore[attr-defined]
-        beside = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(beside, ignore_errors=True)
-        save_adapter(module.model, beside, metadata, adapter_card(metadata, folder))
-        trainer.datamodule.tokenizer.save_pretrained(beside)  # type: ignore[attr-defined]
-        config = Path(trainer.default_root_dir, "config.yaml")
+        metadata = redacted_values(module.metadata() | data.metadata() | {"step": trainer.global_step, "metrics": metrics})
+        draft = _draft(place)
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        data.tokenizer.save_pretrained(draft)
+        config = root / "config.yaml"
         if config.is_file():
-            shutil.copy(config, beside / "recipe.yaml")
-        shutil.rmtree(folder, ignore_errors=True)
-        beside.rename(folder)
+            shutil.copy(config, draft / "recipe.yaml")
+        save_adapter(module.model, draft, metadata, adapter_card(metadata, place))
+        sync_tree(draft)
+        logged = [logger.path for logger in trainer.loggers if isinstance(logger, RunCSVLogger)]
+        for file in (*logged, root / SAMPLES_FILE):  # a checkpoint never knows of steps that they do not
+            if file.is_file():
+                sync(file)
 
-    def _remove_old(self, trainer: Trainer) -> None:
-        for old in sorted(run_checkpoints(trainer).glob("step-*.ckpt"))[: -self.keep]:
-            old.unlink()
-            shutil.rmtree(old.with_suffix(""), ignore_errors=True)
+    def _remove_old(self, trainer: Trainer, later: bool = True) -> None:
+        """Keep the newest. Those of ``later`` steps count as older, as the run began again before them; False leaves them alone."""
+        if not self.keep:
+            return
+        now, folder = f"step-{trainer.global_step:08d}", run_checkpoints(trainer)
+        names = {path.stem for path in folder.glob("step-*") if later or path.stem <= now}
+        for name in sorted(names, key=lambda name: (name <= now, name))[: -self.keep]:
+            place = folder / name
+            place.with_suffix(".ckpt").unlink(missing_ok=True)
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def run_checkpoints(trainer: Trainer) -> Path:
@@ -131,10 +159,82 @@ def run_checkpoints(trainer: Trainer) -> Path:
     return Path(trainer.default_root_dir, FOLDER)
 
 
-def _link(source: Path, target: Path) -> None:
-    """Give a file a second name, or a copy where the file system has no hard links."""
-    target.unlink(missing_ok=True)
+def _draft(place: Path) -> Path:
+    """Where the adapter folder that is to be at ``place`` is written."""
+    return place.with_name(place.name + DRAFT)
+
+
+def _publish(trainer: Trainer, place: Path, write: Callable[[Path], None]) -> None:
+    """Put the drafted adapter folder at ``place``, and beside it the checkpoint that ``write`` writes.
+
+    A new folder comes first: a checkpoint whose name is there has an adapter beside it. In place of another it comes after: until the
+    checkpoint's name is there the earlier pair stands, and from then on ``put_right`` can finish what a kill leaves.
+    """
+    first = trainer.is_global_zero and not place.exists()
+    if first:
+        replace_folder(_draft(place), place)
     try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+        write(place.with_suffix(".ckpt"))
+    except BaseException:
+        if first:
+            shutil.rmtree(place)
+        raise
+    if trainer.is_global_zero and not first:
+        replace_folder(_draft(place), place)
+
+
+def put_right(folder: Path) -> None:
+    """Finish or drop what a kill left half done in a folder of checkpoints: then each has the adapter of its own step beside it."""
+    for draft in folder.glob(f"*{DRAFT}"):
+        place = draft.with_name(draft.name.removesuffix(DRAFT))
+        file = place.with_suffix(".ckpt")
+        if file.is_file() and (draft / METADATA_FILE).is_file() and _step_of(draft) == _step_in(file):
+            replace_folder(draft, place)
+        else:
+            shutil.rmtree(draft)
+    for old in folder.glob(f"*{ASIDE}"):
+        shutil.rmtree(old)
+    for partial in folder.glob(f"*{PARTIAL}"):
+        partial.unlink()
+
+
+def _step_of(adapter: Path) -> int | None:
+    """The step of an adapter folder; None where its metadata are cut short."""
+    with suppress(ValueError):
+        return int(json.loads((adapter / METADATA_FILE).read_text(encoding="utf-8"))["step"])
+    return None
+
+
+def _step_in(file: Path) -> int | None:
+    """The step of a checkpoint; None where it is damaged, which is said where it is asked for."""
+    with suppress(DamagedCheckpoint, UserError):
+        return int(read_checkpoint(file, lazily=True)["global_step"])
+    return None
+
+
+def _name_too(file: Path, name: Path) -> None:
+    """Give ``file`` the name of another file, which stands until then."""
+    beside = name.with_name(name.name + PARTIAL)
+    link(file, beside)
+    beside.replace(name)
+    sync(name.parent)
+
+
+@contextmanager
+def _naming_disk_trouble(trainer: Trainer, folder: Path) -> Iterator[None]:
+    """Turn a disk that takes no more into one line, and leave nothing of the attempt. The earlier checkpoint was never touched."""
+    try:
+        yield
+    except Exception as error:
+        reason = disk_trouble(error)
+        if reason is None:
+            raise
+        with suppress(OSError):
+            put_right(folder)
+        last = folder / "last.ckpt"
+        earlier = f"{last} of step {_step_in(last)} is whole" if last.is_file() else "there is no earlier one"
+        free = shutil.disk_usage(folder).free / 2**30 if folder.is_dir() else 0.0
+        raise UserError(
+            f"the checkpoint of step {trainer.global_step} cannot be written to {folder} ({reason}; {free:.2f} GiB free there); {earlier}; "
+            "make room or let the folder be written to, then go on with the same command and --ckpt_path last"
+        ) from error

@@ -10,7 +10,7 @@ from qlora_lightning.callbacks.monitor import peak_memory_gib
 from qlora_lightning.callbacks.run_files import write_audit
 from qlora_lightning.console import console, say
 from qlora_lightning.module import QLoRAModule
-from qlora_lightning.plan import plan_run, plan_table
+from qlora_lightning.plan import memory_lines, plan_run, plan_table
 
 
 class Announce(Callback):
@@ -26,7 +26,8 @@ class Announce(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         assert isinstance(pl_module, QLoRAModule)
         if stage == "fit":
-            console.print(plan_table(plan_run(trainer, pl_module, trainer.datamodule)))  # type: ignore[attr-defined]
+            data = trainer.datamodule  # type: ignore[attr-defined]
+            console.print(plan_table(plan_run(trainer, pl_module, data) | memory_lines(trainer, pl_module, data)))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """With the model loaded: what fails until then must not touch an earlier run's folder."""

@@ -1,6 +1,5 @@
 """Throughput, memory and the share of supervised tokens, once an optimizer step."""
 
-import math
 import resource
 import sys
 import time
@@ -13,8 +12,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
 from qlora_lightning.console import say
-from qlora_lightning.errors import UserError
-from qlora_lightning.module import QLoRAModule
 from qlora_lightning.optim import state_bytes
 
 GIB = 2**30
@@ -58,12 +55,11 @@ class Monitor(Callback):
         self._supervised += batch["num_supervised"]
         if trainer.global_step == self._step:
             return  # the step is not complete
-        check_finite(pl_module, trainer.global_step)
         now = time.perf_counter()
         pl_module.log("train/tokens_per_second", self._tokens / (now - self._started))
         pl_module.log("train/supervised_fraction", self._supervised / self._tokens)
         pl_module.log("memory/peak_gib", peak_memory_gib(pl_module.device))
-        if not self._said:
+        if not self._said and trainer.optimizers[0].state:  # a first step that was skipped has none
             self._said = True
             say_optimizer_state(trainer.optimizers[0])
         self._step, self._started, self._tokens, self._supervised = trainer.global_step, now, 0, 0
@@ -80,20 +76,6 @@ def between_steps(trainer: Trainer) -> Iterator[None]:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, Monitor):
             callback.leave_out(time.perf_counter() - began)
-
-
-def check_finite(module: LightningModule, step: int) -> None:
-    """End a run whose gradient is no number: every step after it, and every checkpoint, would be worthless.
-
-    Asked after the update, when its metrics are about to be read anyway, and before the step can be saved.
-    """
-    assert isinstance(module, QLoRAModule)
-    norm = float(module.grad_norm)
-    if not math.isfinite(norm):
-        raise UserError(
-            f"the gradient of step {step} is {norm}; lower model.optimizer.learning_rate, or look at that step's data; "
-            "checkpoints of earlier steps are whole"
-        )
 
 
 def say_optimizer_state(optimizer: Optimizer) -> None:

@@ -35,14 +35,17 @@ class RandomState(Callback):
 
     Lightning saves no random state. It is put back at the first batch and not when the checkpoint is read, because what lies between
     (building loaders, sanity checks) may draw from it. Evaluation draws too, so it starts from a copy that is put back after.
+    What is saved is the state at the end of the last whole step: a run that SIGTERM stops inside the next one begins that one again.
     """
 
     def __init__(self) -> None:
         self._restored: dict[str, Any] | None = None
         self._before_evaluation: dict[str, Any] | None = None
+        self._after_step: dict[str, Any] | None = None
+        self._step = 0
 
     def state_dict(self) -> dict[str, Any]:
-        return self._restored or self._before_evaluation or random_state()
+        return self._restored or self._after_step or random_state()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict
@@ -50,7 +53,11 @@ class RandomState(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._restored is not None:
             set_random_state(self._restored)
-            self._restored = None
+            self._restored, self._after_step, self._step = None, self._restored, trainer.global_step
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step != self._step:
+            self._step, self._after_step = trainer.global_step, random_state()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._before_evaluation = random_state()

@@ -5,15 +5,37 @@ cut short is saved as complete, another ``accumulate_grad_batches`` counts other
 The data's plan is made of whole optimizer steps, so epoch, place in it and microbatches follow from the step and the plan.
 """
 
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from qlora_lightning.loggers import RunCSVLogger
+from qlora_lightning.console import say
+from qlora_lightning.manifest import check_manifest, different_environment, environment, fit_manifest
+from qlora_lightning.module import QLoRAModule
+from qlora_lightning.strategies.checkpoint_io import load_whole
 
 
 class Resume(Callback):
-    """Set a checkpoint right before Lightning reads its progress, and drop the metrics that will be logged again."""
+    """Set a checkpoint right before Lightning reads its progress.
+
+    A checkpoint that is damaged or another run's is refused before the model loads.
+    """
+
+    def __init__(self) -> None:
+        self.checkpoint: Path | None = None
+        """What the fit goes on from; set before the Trainer runs."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """With the data read. The module compares once more what it has loaded."""
+        if stage != "fit" or self.checkpoint is None:
+            return
+        assert isinstance(pl_module, QLoRAModule)
+        saved = load_whole(self.checkpoint, lazily=True)["qlora_lightning"]
+        if "manifest" in saved:
+            check_manifest(saved["manifest"], fit_manifest(pl_module, trainer), str(self.checkpoint))
+            if line := different_environment(saved["environment"], environment(trainer.strategy.root_device)):
+                say(line)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn != "fit":
@@ -21,9 +43,6 @@ class Resume(Callback):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         align_progress(checkpoint, data.steps_per_epoch, data.microbatches_per_epoch, trainer.accumulate_grad_batches)
         trainer.num_sanity_val_steps = 0  # its held-out loss would pass for that of the untrained model
-        for logger in trainer.loggers:
-            if isinstance(logger, RunCSVLogger):
-                logger.truncate_after(checkpoint["global_step"])
 
 
 def align_progress(checkpoint: dict[str, Any], steps_per_epoch: int, microbatches_per_epoch: int, accumulate: int) -> None:

@@ -1,4 +1,4 @@
-"""Files that a run leaves in its folder beside metrics and checkpoints: ``audit.json``, ``samples.jsonl`` and ``mmlu/``."""
+"""Files that a run leaves in its folder beside metrics and checkpoints: audit.json, samples.jsonl, nonfinite.json, mmlu/."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from qlora_lightning.data.audit import padding_waste
 from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.data.steps import StepShape
 
-AUDIT_FILE, SAMPLES_FILE, MMLU_FOLDER = "audit.json", "samples.jsonl", "mmlu"
+AUDIT_FILE, SAMPLES_FILE, NONFINITE_FILE, MMLU_FOLDER = "audit.json", "samples.jsonl", "nonfinite.json", "mmlu"
 SAMPLE_COLUMNS = ("step", "prompt", "generation", "reference")
 """Of ``samples.jsonl`` and of the table in W&B. step: optimizer steps taken, 0 before training."""
 
@@ -58,6 +58,18 @@ def drop_samples_after(root: Path, step: int) -> None:
     """Drop the rows of later steps than ``step``, which a run that goes on from there will write again; -1 drops all."""
     if rows := read_samples(root):
         write_samples(root, [row for row in rows if row["step"] <= step])
+
+
+def read_nonfinite(root: Path) -> list[dict[str, Any]]:
+    """The steps in ``root/nonfinite.json``, see ``callbacks/nonfinite.py``; none where there is no such file."""
+    path = root / NONFINITE_FILE
+    steps: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["steps"] if path.is_file() else []
+    return steps
+
+
+def write_nonfinite(root: Path, steps: list[dict[str, Any]]) -> None:
+    """Write ``steps`` in place of the old file."""
+    _write_whole(root / NONFINITE_FILE, json.dumps({"steps": steps}, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_mmlu(root: Path, name: str, document: dict[str, Any]) -> None:

@@ -93,6 +93,12 @@ class Samples(Callback):
         console.print(self._comparison())
         say(f"Samples: {Path(trainer.default_root_dir, SAMPLES_FILE)}")
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A run that was killed between its last save and these answers has no step left, and Lightning no end of training for it."""
+        written = read_samples(Path(trainer.default_root_dir))
+        if all(row["step"] != trainer.global_step for row in written):
+            self.on_train_end(trainer, pl_module)
+
     def _answer(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Answer all prompts, as many at once as validation has rows in a batch, and write down what the model says now."""
         assert isinstance(pl_module, QLoRAModule)

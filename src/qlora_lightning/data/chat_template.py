@@ -2,12 +2,18 @@
 
 Jinja gives text without saying who speaks where. So the template is rendered once for every sequence of roles with marks in place of the
 messages, which shows its own words exactly; a conversation is written out from those, and must then equal what the template makes of it.
+
+A template is a program that came with the base model. It runs in transformers' sandbox (no attribute of Python's, no file, no import), here
+also within limits of time, memory and length, and without what would make it write something else each time.
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
+import jinja2
+
+from qlora_lightning.data.bounded import bounded
 from qlora_lightning.data.formats import Conversation
 from qlora_lightning.data.rendering import Rendering, Writer, special_tokens, whole_text
 from qlora_lightning.errors import UserError
@@ -17,6 +23,10 @@ if TYPE_CHECKING:
 
 Roles = tuple[str, ...]
 _DATE = "26 Jul 2024"  # Llama 3's template writes a date, today's if none is given: the same rows must give the same text every day
+_SECONDS = 10.0  # a real template takes less than a millisecond
+_BYTES = 1 << 30
+_WORDS = 1_000_000  # characters that a template may add to the messages
+_REFUSED = ("**", "| random", "| round", "lipsum")  # other words each time, or one call that may never end
 _STRIPPED = [set(roles) for count in (0, 3, 1, 2) for roles in combinations(("system", "user", "assistant"), count)]
 
 
@@ -47,11 +57,15 @@ class ChatTemplateRenderer:
                 "template tokenizer needs a base model whose tokenizer brings a chat template, but this one has none; "
                 "name a template with --data.dataset.template"
             )
+        for source in _sources(tokenizer.chat_template):
+            _check_source(source)
         self._tokenizer = tokenizer
         self._skeletons: dict[Roles, _Skeleton] = {}
         self._prompts: dict[Roles, _Skeleton] = {}
         tokens = (*special_tokens(tokenizer), tokenizer.bos_token, tokenizer.eos_token)
         self.control = tuple(dict.fromkeys(token for token in tokens if token))
+        if self._literals(("user", "assistant"), False) != self._literals(("user", "assistant"), False):
+            raise UserError("the tokenizer's chat template writes other words each time; name another with --data.dataset.template")
         answer = self._skeleton(("user", "assistant"))
         end = next(_tokens(answer.literals[2], self.control))[1]
         self.end_tokens = list(dict.fromkeys(token for token in (end, tokenizer.eos_token) if token))
@@ -137,16 +151,43 @@ class ChatTemplateRenderer:
         return [*literals, rest]
 
     def _apply(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        roles = ", ".join(message["role"] for message in messages)
+        most = sum(len(message["content"]) for message in messages) + _WORDS
         try:
-            text = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt, date_string=_DATE
-            )
+            with bounded(_SECONDS, _BYTES):
+                text = self._tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=add_generation_prompt, date_string=_DATE
+                )
         except Exception as error:  # a template is a program of somebody else's
-            roles = ", ".join(message["role"] for message in messages)
+            reason = " ".join(str(error).split())[:160] or type(error).__name__
             raise UserError(
-                f"the tokenizer's chat template refuses the turns {roles} ({error}); leave out the system message or name another template"
+                f"the tokenizer's chat template refuses the turns {roles} ({reason}); leave out the system message or name another template"
             ) from error
+        if len(text) > most:
+            raise UserError(
+                f"the tokenizer's chat template may add {_WORDS:,} characters at most to the turns {roles}; name another template"
+            )
         return str(text)
+
+
+def _sources(templates: str | dict[str, str]) -> list[str]:
+    """A tokenizer has one template, or several by name."""
+    return [templates] if isinstance(templates, str) else list(templates.values())
+
+
+def _check_source(source: str) -> None:
+    """Raises UserError for a template that is broken or uses what ``_REFUSED`` names."""
+    try:
+        tokens = [value for _, kind, value in jinja2.Environment().lex(source) if kind not in ("whitespace", "data", "comment", "string")]
+    except jinja2.TemplateSyntaxError as error:
+        raise UserError(f"the tokenizer's chat template is broken ({error}); name another with --data.dataset.template") from error
+    for token, following in pairwise([*tokens, ""]):
+        word = f"| {following}" if token == "|" else token
+        if word in _REFUSED:
+            raise UserError(
+                f"the tokenizer's chat template uses {word!r}, which no template needs and a hostile one could; "
+                "name another with --data.dataset.template"
+            )
 
 
 def _plain(conversation: Conversation) -> list[dict[str, str]]:

@@ -47,6 +47,8 @@ class Batch(TypedDict):
     """[sequences + 1] int32, with ``position_ids``: where each begins, counted through the rows, and the end; padding is one too."""
     longest: NotRequired[int]
     """Tokens of the longest of them."""
+    examples: NotRequired[npt.NDArray[np.int64]]
+    """In training, which ones they are: see ``Microbatch.rows``. An array of numpy's, which no device is given."""
 
 
 class HeldoutBatch(Batch):
@@ -82,6 +84,7 @@ class Collator:
         microbatch, rows = fetched
         batch = self.evaluation([_joined(row) for row in rows])
         batch["tokens_in_step"] = microbatch.tokens_in_step
+        batch["examples"] = np.array(microbatch.indices, np.int64)
         if any(len(row) > 1 for row in rows):
             lengths = _sequence_lengths(rows, batch["input_ids"].shape[1])
             batch["position_ids"] = torch.stack([torch.cat([torch.arange(length) for length in row]) for row in lengths])
@@ -153,4 +156,5 @@ def _without_labels(batch: Batch) -> Batch:
     batch["labels"] = torch.full_like(batch["labels"], IGNORED)
     batch["logit_positions"], batch["scored"] = batch["logit_positions"][:0], batch["scored"][:0]
     batch["num_tokens"] = batch["num_supervised"] = 0
+    batch["examples"] = batch["examples"][:0]
     return batch

@@ -25,7 +25,7 @@ from qlora_lightning.data.templates import TEMPLATES, TOKENIZER
 from qlora_lightning.data.training import PlannedTraining, StreamedTraining, Training
 from qlora_lightning.errors import UserError, check_least
 from qlora_lightning.machine import usable_cores
-from qlora_lightning.modeling.tokenizer import filler_id, load_tokenizer
+from qlora_lightning.modeling.tokenizer import filler_id, load_tokenizer, tokenizer_digest
 
 _PACKED_ROW = 2048  # tokens: rows long enough to fill well, short enough for attention over a whole row
 
@@ -278,7 +278,7 @@ class InstructionDataModule(LightningDataModule):
         }
         name = " + ".join(one.spec.name for one in self.sets)
         data = {"data set": name, **rows, "fingerprint": self._fingerprint}
-        return {**self._template(), "system_prompt": self.spec.system_prompt, "data": data}
+        return {**self._template(), "system_prompt": self.spec.system_prompt, "tokenizer": tokenizer_digest(self.tokenizer), "data": data}
 
     @property
     def _fingerprint(self) -> str:
@@ -294,7 +294,7 @@ class InstructionDataModule(LightningDataModule):
             "seed": self.seed,
             "global_batch_size": self.global_batch_size,
             "group_by_length": self.group_by_length,
-            "steps_per_epoch": self.steps_per_epoch,
+            "steps_per_epoch": None if self.streaming else self.steps_per_epoch,  # a stream's is the run's length
             "examples": None if self.streaming else len(self.train_set),
             "fingerprint": self._fingerprint,
         }

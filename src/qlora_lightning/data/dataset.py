@@ -4,7 +4,7 @@ Shapes: n tokens of an example, E examples.
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -52,6 +52,8 @@ class _Tokens(NamedTuple):
 
     ids: Ints
     supervised: npt.NDArray[np.uint8]
+    check: Callable[[], None] | None
+    """Raises UserError where they can no longer be read."""
 
 
 class TokenizedDataset:
@@ -79,12 +81,21 @@ class TokenizedDataset:
         self.parts = [(len(lengths), 1.0)] if parts is None else parts
 
     @classmethod
-    def from_batches(cls, batches: Iterable[pyarrow.RecordBatch], content: str) -> "TokenizedDataset":
-        """A set over record batches of ``SCHEMA``, whose memory it uses. ``content`` tells its content from any other's."""
+    def from_batches(
+        cls, batches: Iterable[pyarrow.RecordBatch], content: str, check: Callable[[], None] | None = None
+    ) -> "TokenizedDataset":
+        """A set over record batches of ``SCHEMA``, whose memory it uses.
+
+        Args:
+            batches: the examples.
+            content: tells it from any other.
+            check: called before each example is read, raises UserError where the batches' memory can no longer be read; None where they
+                lie in memory.
+        """
         filled = [batch for batch in batches if batch.num_rows]
         offsets = [batch["input_ids"].offsets.to_numpy().astype(np.int64) for batch in filled]
         return cls(
-            [_Tokens(batch["input_ids"].values.to_numpy(), batch["supervised"].values.to_numpy()) for batch in filled],
+            [_Tokens(batch["input_ids"].values.to_numpy(), batch["supervised"].values.to_numpy(), check) for batch in filled],
             np.repeat(np.arange(len(filled)), [batch.num_rows for batch in filled]).astype(np.int64),
             _join([part[:-1] for part in offsets]),
             _join([np.diff(part) for part in offsets]),
@@ -97,9 +108,16 @@ class TokenizedDataset:
 
     def __getitem__(self, index: int) -> TokenizedExample:
         tokens, start = self._tokens[self._chunk_of[index]], self._starts[index]
+        if tokens.check is not None:
+            tokens.check()
         part = slice(start, start + self.lengths[index])
         ids = tokens.ids[part]
         return TokenizedExample(ids, np.where(tokens.supervised[part], ids, IGNORED).astype(np.int32))
+
+    def rows_of(self, examples: Numbers) -> list[Numbers]:
+        """The rows that these examples come from, of each set in turn: their numbers, from 0, sorted."""
+        set_of = np.searchsorted(np.cumsum([count for count, _ in self.parts]), examples, side="right")
+        return [np.unique(self.columns["row"][examples[set_of == number]]) for number in range(len(self.parts))]
 
     def of_rows(self, rows: Numbers) -> "TokenizedDataset":
         """The examples of these rows, in their order."""

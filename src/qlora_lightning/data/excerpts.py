@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from qlora_lightning.console import harmless
 from qlora_lightning.data.dataset import DOUBLED_BOS, IGNORED, LOST_END, RESPELLED, TRUNCATED, TokenizedDataset, TokenizedExample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _NOTES = {TRUNCATED: "cut to length", RESPELLED: "spells a control token", LOST_END: "lost its end token", DOUBLED_BOS: "two BOS"}
-_CONTROLS = {n: 0x2400 + n for n in range(32) if chr(n) not in "\t\n"} | {127: "␡"} | {n: f"\\x{n:02x}" for n in range(128, 160)}
 _BLANKS = re.compile("^ +| +$| {2,}", re.MULTILINE)
 
 
@@ -92,6 +92,11 @@ def _excerpt(dataset: TokenizedDataset, index: int, name: str, decode: Callable[
     )
 
 
+def supervised_texts(example: TokenizedExample, decode: Callable[[list[int]], str]) -> list[str]:
+    """What of an example is trained on, run by run of tokens; ``decode`` gives all text of some ids, special tokens too."""
+    return [piece.text for piece in _pieces(example, decode) if piece.supervised]
+
+
 def _pieces(example: TokenizedExample, decode: Callable[[list[int]], str]) -> Iterator[Piece]:
     """Cut out of the decoded beginnings: tokens decoded by themselves would lose the blank that their first one carries."""
     ids, trained = example.input_ids.tolist(), example.labels != IGNORED
@@ -101,11 +106,6 @@ def _pieces(example: TokenizedExample, decode: Callable[[list[int]], str]) -> It
         until = decode(ids[:end])
         yield Piece(until[len(before) :], bool(trained[start]))
         before = until
-
-
-def harmless(text: str) -> str:
-    """Control characters as pictures, so that a row's text can neither steer a terminal nor break a page."""
-    return text.translate(_CONTROLS)
 
 
 def visible(text: str) -> str:

@@ -6,9 +6,7 @@ Rows are read one after the other, in little memory. Errors name the file and th
 import csv
 import gzip
 import io
-import json
 import os
-import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -16,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, Any, cast
 from zipfile import BadZipFile, ZipFile
 
 import pyarrow
@@ -25,11 +23,15 @@ import pyarrow.parquet
 from huggingface_hub.errors import HTTPError
 
 from qlora_lightning.data.hub import HUB, open_url, refusal
+from qlora_lightning.data.json_rows import decode, json_lines, json_list
 from qlora_lightning.data.rows import Located, Row
+from qlora_lightning.data.unpacking import numbered_lines, unpacked
 from qlora_lightning.errors import UserError
 
 _MAX_ROW = 4_000_000  # characters; far beyond any model's context, so that only a broken file has more
-_ROWS_AT_ONCE = 1000  # of Parquet and Arrow
+_MAX_DEPTH = 200  # of lists and objects inside one another
+_ROWS_AT_ONCE = 100  # of Parquet and Arrow
+_TEXT = (".json", ".jsonl", ".csv", ".tsv")
 _BESIDE = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # what the `datasets` library writes beside rows
 _KINDS = ".json, .jsonl, .csv, .tsv (each also .gz), .parquet, .arrow, a .zip of such files or a folder of them"
 
@@ -74,8 +76,8 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
     """
     name, empty = str(path), True
     with _reading(name), Path(path).open("rb") as file:
-        for number, line in enumerate(file, 1):
-            text = _decode(name, line, number).rstrip("\r\n")
+        for number, line in numbered_lines(name, file):
+            text = decode(name, line, number).rstrip("\r\n")
             if text.strip():
                 empty = False
                 yield number, text
@@ -125,11 +127,19 @@ def _sources(path: str) -> Iterator[_Source]:
         return
     with whole.open() as file, ZipFile(file) as archive:
         for name in _data_files(path, archive.namelist(), tuple(_READERS)):
-            yield _Source(f"{path}/{name}", partial(archive.open, name))
+            yield _Source(f"{path}/{name}", partial(_open_member, archive, name, f"{path}/{name}"))
 
 
 def _open(path: str) -> IO[bytes]:
     return open_url(path) if path.startswith(HUB) else Path(path).open("rb")
+
+
+def _open_member(archive: ZipFile, name: str, source: str) -> IO[bytes]:
+    """Nothing is unpacked onto the disk, so that a name may say what it likes."""
+    member = archive.open(name)
+    if _ending(name) not in _TEXT:
+        return member
+    return unpacked(source, member, lambda: archive.getinfo(name).compress_size)
 
 
 def _data_files(path: str, names: Iterable[str], endings: tuple[str, ...]) -> list[str]:
@@ -150,7 +160,9 @@ def _rows(source: _Source, most: int | None) -> Iterator[Located]:
         reader = _READERS.get(_ending(source.name))
         if reader is None:
             raise UserError(f"{source.name}: a data set must be {_KINDS}; convert it to one of these")
-        data = gzip.GzipFile(fileobj=file) if source.name.lower().endswith(".gz") else file
+        data = (
+            unpacked(source.name, cast(IO[bytes], gzip.GzipFile(fileobj=file)), file.tell) if source.name.lower().endswith(".gz") else file
+        )
         for number, row in islice(reader(source.name, data), most):
             where = place(source.name, number)
             _check(row, where)
@@ -162,19 +174,24 @@ def _rows(source: _Source, most: int | None) -> Iterator[Located]:
 def _check(row: Any, where: str) -> None:
     if not isinstance(row, dict):
         raise UserError(f"{where}: a row must be an object with named fields, got {type(row).__name__}; correct the row")
-    count = _characters(row)
+    try:
+        count = _characters(row, _MAX_DEPTH)
+    except RecursionError:
+        raise UserError(f"{where}: a row may hold lists and objects {_MAX_DEPTH} deep at most; flatten or remove the row") from None
     if count > _MAX_ROW:
         raise UserError(f"{where}: a row may hold {_MAX_ROW:,} characters at most, got {count:,}; split or remove the row")
 
 
-def _characters(value: Any) -> int:
+def _characters(value: Any, depth: int) -> int:
     if isinstance(value, str):
         return len(value)
     if isinstance(value, dict):
         value = value.values()
     elif not isinstance(value, list):
         return 0
-    return sum(map(_characters, value))
+    if depth == 0:
+        raise RecursionError
+    return sum(_characters(one, depth - 1) for one in value)
 
 
 def place(path: str | Path, number: int) -> str:
@@ -188,73 +205,7 @@ def _ending(path: str) -> str:
     if ending != "gz":
         return dot + ending if dot else ""
     inner = "." + name.rpartition(".")[2]
-    return inner if inner in (".json", ".jsonl", ".csv", ".tsv") else f"{inner}.gz"
-
-
-def _decode(name: str, data: bytes, line: int = 1) -> str:
-    """UTF-8 text, a byte-order mark dropped; ``line`` is the number of the first line in ``data``."""
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line += data.count(b"\n", 0, error.start)
-        raise UserError(f"{name}:{line}: text must be UTF-8, found byte 0x{data[error.start]:02x}; save the file as UTF-8") from error
-
-
-def _json(name: str, file: IO[bytes]) -> Iterator[tuple[int, Any]]:
-    if _JSON_LINES.match(data := file.read()):  # under another name, as several sets are published
-        yield from _json_lines(name, io.BytesIO(data))
-        return
-    try:
-        yield from enumerate(_elements(name, _decode(name, data)), 1)
-    except (ValueError, RecursionError) as error:
-        raise _broken(name, error, 1) from error
-
-
-_BLANKS = re.compile(r"[ \t\n\r]*")
-_JSON_LINES = re.compile(rb"\s*\{.*\}[ \t]*\r?\n\s*\{")
-
-
-def _elements(name: str, text: str) -> Iterator[Any]:
-    """The elements of the JSON list that ``text`` is, decoded one at a time."""
-
-    def after(position: int) -> int:
-        blanks = _BLANKS.match(text, position)
-        assert blanks is not None
-        return blanks.end()
-
-    position, decoder = after(0), json.JSONDecoder()
-    if not text.startswith("[", position):
-        kind = type(decoder.raw_decode(text, position)[0]).__name__
-        raise UserError(f"{name}: a .json data set must be one list of rows, got {kind}; use .jsonl for one row a line")
-    position = after(position + 1)
-    more = not text.startswith("]", position)
-    while more:
-        element, position = decoder.raw_decode(text, position)
-        yield element
-        position = after(position)
-        more = text.startswith(",", position)
-        if more:
-            position = after(position + 1)
-    if not text.startswith("]", position):
-        raise json.JSONDecodeError("Expecting ',' delimiter", text, position)
-    if after(position + 1) != len(text):
-        raise json.JSONDecodeError("Extra data", text, after(position + 1))
-
-
-def _json_lines(name: str, file: IO[bytes]) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(file, 1):
-        if text := _decode(name, line, number).strip():
-            try:
-                row = json.loads(text)
-            except (ValueError, RecursionError) as error:
-                raise _broken(name, error, number) from error
-            yield number, row
-
-
-def _broken(name: str, error: Exception, line: int) -> UserError:
-    if not isinstance(error, json.JSONDecodeError):  # numbers and nesting beyond Python's limits
-        return UserError(f"{name}:{line}: broken JSON ({error}); correct the line")
-    return UserError(f"{name}:{line + error.lineno - 1}: broken JSON ({error.msg}, column {error.colno}); correct the line")
+    return inner if inner in _TEXT else f"{inner}.gz"
 
 
 def _separated(name: str, file: IO[bytes], delimiter: str) -> Iterator[tuple[int, Row]]:
@@ -271,8 +222,8 @@ def _separated(name: str, file: IO[bytes], delimiter: str) -> Iterator[tuple[int
 
 
 def _lines(name: str, file: IO[bytes]) -> Iterator[str]:
-    for number, line in enumerate(file, 1):
-        yield from io.StringIO(_decode(name, line, number), newline="")  # a lone \r ends a line too
+    for number, line in numbered_lines(name, file):
+        yield from io.StringIO(decode(name, line, number), newline="")  # a lone \r ends a line too
 
 
 def _parquet(name: str, file: IO[bytes]) -> Iterator[tuple[int, Row]]:
@@ -300,8 +251,8 @@ def _records(batches: Iterable[pyarrow.RecordBatch]) -> Iterator[tuple[int, Row]
 
 
 _READERS: dict[str, Callable[[str, Any], Iterator[tuple[int, Any]]]] = {
-    ".json": _json,
-    ".jsonl": _json_lines,
+    ".json": json_list,
+    ".jsonl": json_lines,
     ".csv": partial(_separated, delimiter=","),
     ".tsv": partial(_separated, delimiter="\t"),
     ".parquet": _parquet,

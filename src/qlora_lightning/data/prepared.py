@@ -7,10 +7,11 @@ begins anew. Rows stream through; no more than some thousand are in memory at on
 
 import hashlib
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import chain
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow
 import tokenizers
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from qlora_lightning.cache import cache_folder
 from qlora_lightning.console import say
@@ -32,7 +33,9 @@ from qlora_lightning.data.formats import RowParser, gather, row_parser
 from qlora_lightning.data.rendering import PaperRenderer, load_renderer
 from qlora_lightning.data.spec import DatasetSpec
 from qlora_lightning.data.tokenize import Chunk, RowTokenizer, Unit
+from qlora_lightning.data.unchanged import FileState, states_of, unchanged
 from qlora_lightning.data.workers import map_batches, shown
+from qlora_lightning.disk import sync_tree
 from qlora_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -84,45 +87,73 @@ def prepare(files: Sequence[Path], spec: DatasetSpec, tokenizer: "PreTrainedToke
     Raises:
         UserError: a file or a row is wrong, the template does not suit the tokenizer, or the cache cannot be written.
     """
+    sources = states_of(files)
     target = cache_folder() / "data" / _key(files, spec, tokenizer)
     try:
+        if (found := _load(target)) is not None:  # also from a cache that others fill and this user may only read
+            return found
         target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{target}.lock"):  # of several ranks and runs one works and the others wait
+        with _only_one(target):
             found = _load(target)
             if found is None:
-                _prepare_into(target, files, spec, tokenizer, processes)
+                _prepare_into(target, sources, files, spec, tokenizer, processes)
                 found = _load(target)
     except OSError as error:
         raise UserError(
-            f"prepared data is kept in {cache_folder()}, which cannot be written ({error.strerror}); "
+            f"prepared data is kept in {cache_folder()}, which cannot be written ({os.strerror(error.errno or 0)}); "
             "set QLORA_LIGHTNING_CACHE to a folder that can"
         ) from error
     assert found is not None
     return found
 
 
+@contextmanager
+def _only_one(target: Path) -> Iterator[None]:
+    """Of several ranks and runs one works, and the others wait and say so."""
+    lock = FileLock(f"{target}.lock")
+    try:
+        lock.acquire(timeout=_SAID_FROM)
+    except Timeout:
+        say(f"Waiting for another process that prepares {target.name}")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def _load(folder: Path) -> Prepared | None:
     """What was prepared, None where nothing was or where it was damaged since."""
     try:
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        with pyarrow.memory_map(str(folder / "examples.arrow")) as source, pyarrow.ipc.open_file(source) as reader:
+        state = FileState.of(folder / "examples.arrow")
+        with pyarrow.memory_map(str(state.file)) as source, pyarrow.ipc.open_file(source) as reader:
             batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
-        examples = TokenizedDataset.from_batches(batches, report["content"])
+        examples = TokenizedDataset.from_batches(batches, report["content"], state.check_mapped)
         return Prepared(examples, report["rows"], [(row, reason) for row, reason in report["skipped"]], report["bad"])
     except (FileNotFoundError, ValueError, KeyError, TypeError):  # (Arrow's and JSON's errors are ValueErrors)
         return None
 
 
-def _prepare_into(target: Path, files: Sequence[Path], spec: DatasetSpec, tokenizer: "PreTrainedTokenizerBase", processes: int) -> None:
+def _prepare_into(
+    target: Path,
+    sources: Sequence[FileState],
+    files: Sequence[Path],
+    spec: DatasetSpec,
+    tokenizer: "PreTrainedTokenizerBase",
+    processes: int,
+) -> None:
     beside = target.with_name(f"{target.name}.partial")
     for leftover in (beside, target):  # of a run that was killed; damaged
         shutil.rmtree(leftover, ignore_errors=True)
     beside.mkdir()
     began = perf_counter()
     try:
-        chunks = tokenized(read_files(files, spec), spec, tokenizer, processes)
-        report = _write(beside / "examples.arrow", shown(chunks, _rows_in(files, spec), f"Tokenizing {spec.name}"))
+        with unchanged(sources):  # else other rows would be kept under the name of those that were there first
+            chunks = tokenized(read_files(files, spec), spec, tokenizer, processes)
+            report = _write(beside / "examples.arrow", shown(chunks, _rows_in(files, spec), f"Tokenizing {spec.name}"))
         (beside / "report.json").write_text(json.dumps(report), encoding="utf-8")
+        sync_tree(beside)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise

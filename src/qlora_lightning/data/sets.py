@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import chain, islice
@@ -13,13 +13,15 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from qlora_lightning.data.dataset import DataReport, Numbers, TokenizedDataset, report_on
+from qlora_lightning.data.files import read_rows
 from qlora_lightning.data.formats import RowParser, row_parser
 from qlora_lightning.data.hub import fetch
-from qlora_lightning.data.prepared import Prepared, prepare, read_files, units_of
+from qlora_lightning.data.prepared import Prepared, prepare, units_of
 from qlora_lightning.data.rendering import Renderer, load_renderer
-from qlora_lightning.data.rows import Conversation
+from qlora_lightning.data.rows import Conversation, Located
 from qlora_lightning.data.spec import DatasetSpec, MixPart
 from qlora_lightning.data.tokenize import Unit, named
+from qlora_lightning.data.unchanged import FileState, states_of
 from qlora_lightning.errors import UserError
 
 Part = tuple[TokenizedDataset, DataReport]
@@ -36,6 +38,9 @@ class RowSet(ABC):
         seed: of the choice of held-out rows.
         weight: how often an epoch goes through the set.
     """
+
+    _states: dict[str, list[FileState]]
+    """Of each local source, its files as they were when the set was opened, which ``_sources`` does."""
 
     def __init__(self, spec: DatasetSpec, tokenizer: PreTrainedTokenizerFast, seed: int, weight: float = 1.0) -> None:
         self.spec, self.weight = spec, weight
@@ -67,7 +72,7 @@ class RowSet(ABC):
         if not validation and not self.spec.validation_size:
             return
         spec = replace(self.spec, compat="fixed")  # the authors' pairs are no conversations
-        rows = read_files(validation or training, spec)
+        rows = self._read(validation or training)
         first = next(rows)
         parser = row_parser(spec, first[1], first[0])
         renderer = load_renderer(spec.template, self._tokenizer)
@@ -76,6 +81,14 @@ class RowSet(ABC):
         for unit in units if held is None else islice(units, max(held, default=-1) + 1):
             if held is None or unit.number in held:
                 yield from self._usable(parser, renderer, unit)
+
+    def training_conversations(self, rows: Collection[int]) -> dict[int, list[Conversation]]:
+        """What these rows of the training files (numbers, from 0) hold, read anew: of each its conversations, also those left out."""
+        found = self._read(self._sources[0])
+        first = next(found)
+        parser = row_parser(self.spec, first[1], first[0])
+        units = islice(units_of(chain([first], found), parser), max(rows, default=-1) + 1)
+        return {unit.number: parser(unit.row, unit.where)[0] for unit in units if unit.number in rows}
 
     def _usable(self, parser: RowParser, renderer: Renderer, unit: Unit) -> list[Conversation]:
         """The conversations of a row that can be written out, as in training, and asked."""
@@ -86,6 +99,14 @@ class RowSet(ABC):
             if self.spec.bad_rows == "error":
                 raise UserError(named(unit.where, error)) from error
             return []
+
+    def _read(self, sources: Sequence[str | Path]) -> Iterator[Located]:
+        """The rows of all sources, one after the other; those of local files for as long as they are what they were at first."""
+        for source in sources:
+            if str(source) not in self._states:
+                yield from read_rows(source, self.spec.rows_per_file)
+            for state in self._states.get(str(source), []):
+                yield from state.rows(self.spec.rows_per_file)
 
     @property
     @abstractmethod
@@ -136,7 +157,9 @@ class InstructionSet(RowSet):
 
     @cached_property
     def _local(self) -> tuple[list[Path], list[Path]]:
-        return fetch(self.spec)
+        training, validation = fetch(self.spec)
+        self._states = {str(file): states_of([file]) for file in (*training, *validation)}
+        return training, validation
 
     @cached_property
     def _prepared(self) -> Prepared:

@@ -98,7 +98,8 @@ class Microbatch:
     """What the loader is asked for: which examples, and the supervised tokens of the whole optimizer step they are part of."""
 
     rows: tuple[Row, ...]
-    """The examples of each row; one a row without packing."""
+    """The examples of each row, by their place in the set (in a stream, by the number of the row that each comes from); one a row without
+    packing."""
     tokens_in_step: int
     filler: bool = False
     """The examples only keep this rank in time with the others; their labels do not count."""

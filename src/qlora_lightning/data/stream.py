@@ -7,6 +7,7 @@ of the steps that it has taken.
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -20,10 +21,11 @@ from qlora_lightning.data.dataset import Numbers, TokenizedDataset, TokenizedExa
 from qlora_lightning.data.files import data_files
 from qlora_lightning.data.hub import HUB, stream_sources
 from qlora_lightning.data.packing import check_pack_length
-from qlora_lightning.data.prepared import Prepared, read_files, row_tokenizer, tokenizer_identity, units_of
+from qlora_lightning.data.prepared import Prepared, row_tokenizer, tokenizer_identity, units_of
 from qlora_lightning.data.sets import Part, RowSet
 from qlora_lightning.data.steps import Microbatch, StepShape, microbatches_of
 from qlora_lightning.data.tokenize import Chunk, RowTokenizer
+from qlora_lightning.data.unchanged import states_of
 from qlora_lightning.data.workers import map_batches
 from qlora_lightning.errors import UserError
 
@@ -35,10 +37,11 @@ BEGINNING = 1000
 
 
 class _Streamed(NamedTuple):
-    """An example, and how many of its tokens are predicted."""
+    """An example, how many of its tokens are predicted, and the number of the row that it comes from."""
 
     example: TokenizedExample
     targets: int
+    row: int
 
 
 class StreamedSteps(IterableDataset[tuple[Microbatch, list[list[TokenizedExample]]]]):
@@ -68,7 +71,8 @@ class StreamedSteps(IterableDataset[tuple[Microbatch, list[list[TokenizedExample
         if self._shape.pack_length is not None:
             check_pack_length(self._shape.pack_length, int(lengths.max()))
         for microbatch in microbatches_of(range(len(examples)), lengths, targets, self._shape):
-            yield microbatch, [[examples[index].example for index in row] for row in microbatch.rows]
+            rows = tuple(tuple(examples[index].row for index in row) for row in microbatch.rows)
+            yield replace(microbatch, rows=rows), [[examples[index].example for index in row] for row in microbatch.rows]
 
     def _shuffled(self) -> Iterator[_Streamed]:
         """Pass after pass, each example once in each, ``BUFFER`` places late on average."""
@@ -87,7 +91,8 @@ class StreamedSteps(IterableDataset[tuple[Microbatch, list[list[TokenizedExample
     def _pass(self) -> Iterator[_Streamed]:
         for chunk in self._read():
             examples = TokenizedDataset.from_batches([chunk.batch], "")
-            yield from (_Streamed(examples[index], int(examples.targets[index])) for index in range(len(examples)))
+            targets, rows = examples.targets.tolist(), examples.columns["row"].tolist()
+            yield from (_Streamed(examples[index], targets[index], rows[index]) for index in range(len(examples)))
 
 
 def _ends(file: Path) -> tuple[int, str]:
@@ -104,7 +109,8 @@ class StreamedSet(RowSet):
     """A set of which nothing is prepared. Its first ``validation_size`` rows are held out where no validation file is given."""
 
     def check(self) -> None:
-        """Raises UserError where no row can be trained on; reads as far as the first that can."""
+        """Raises UserError where no row can be trained on; reads as far as the first that can. From now on no file may change."""
+        self.fingerprint()
         if not any(chunk.batch.num_rows for chunk in self.chunks()):
             raise UserError("no row of the stream is left to use; correct the rows or the limits in data.dataset")
 
@@ -136,13 +142,21 @@ class StreamedSet(RowSet):
         return [line for chunk in self._tokenized(self._sources[0], most=len(self._held) + BEGINNING) for line in chunk.bad]
 
     def fingerprint(self) -> str:
-        """A hash (hex) of what the stream is made of, short of reading it: places, sizes and ends of local files, rules and tokenizer."""
-        files = [(source, [_ends(member) for member in data_files(source)]) for source in self._sources[0] if not source.startswith(HUB)]
-        parts = [self._sources, files, self.spec, tokenizer_identity(self._tokenizer)]
+        """A hash (hex) of what the stream is made of, short of reading it: sizes and ends of local files, rules and tokenizer.
+
+        Taken once: what a file has become since is no part of what was trained on.
+        """
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        rows = [source if source.startswith(HUB) else [_ends(member) for member in data_files(source)] for source in self._sources[0]]
+        rules = {name: value for name, value in asdict(self.spec).items() if name not in ("name", "path", "validation_path")}
+        parts = [rows, rules, tokenizer_identity(self._tokenizer)]
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def _tokenized(self, sources: Sequence[str], skip: int = 0, most: int | None = None) -> Iterator[Chunk]:
-        return map_batches(self._work, islice(units_of(read_files(sources, self.spec), self._work.parser), skip, most), processes=1)
+        return map_batches(self._work, islice(units_of(self._read(sources), self._work.parser), skip, most), processes=1)
 
     def _part(self, chunks: Iterator[Chunk]) -> Part:
         found = list(chunks)
@@ -153,11 +167,13 @@ class StreamedSet(RowSet):
 
     @cached_property
     def _work(self) -> RowTokenizer:
-        return row_tokenizer(next(read_files(self._sources[0], self.spec)), self.spec, self._tokenizer)
+        return row_tokenizer(next(self._read(self._sources[0])), self.spec, self._tokenizer)
 
     @cached_property
     def _sources(self) -> tuple[list[str], list[str]]:
-        return stream_sources(self.spec)
+        training, validation = stream_sources(self.spec)
+        self._states = {file: states_of([file]) for file in (*training, *validation) if not file.startswith(HUB)}
+        return training, validation
 
     @cached_property
     def _held(self) -> Numbers:

@@ -147,7 +147,9 @@ class Endpoint:
 
     def _client(self) -> openai.AsyncOpenAI:
         spec = self.spec
-        return openai.AsyncOpenAI(base_url=spec.base_url, api_key=self._key, timeout=spec.timeout_seconds, max_retries=0)
+        # No redirects: what is asked would go to a host that nobody named.
+        plain = openai.DefaultAsyncHttpxClient(follow_redirects=False, timeout=spec.timeout_seconds)
+        return openai.AsyncOpenAI(base_url=spec.base_url, api_key=self._key, timeout=spec.timeout_seconds, max_retries=0, http_client=plain)
 
     async def _try_once(self, request: ChatRequest) -> "_Failure | None":
         async with self._client() as client:

@@ -44,9 +44,17 @@ def retry_after(headers: Any) -> float:
         return max(0.0, float(value))
     except ValueError:
         pass
+    until = _moment(value)
+    if until is None:
+        return 0.0
+    # by the server's own clock where it tells the time: this machine's may be wrong by hours
+    return max(0.0, until - (_moment(headers.get("date", "")) or time.time()))
+
+
+def _moment(value: str) -> float | None:
+    """Seconds since 1970 of a date in a header; None where it is none."""
     try:
         date = parsedate_to_datetime(value)
     except ValueError:
-        return 0.0
-    aware = date if date.tzinfo else date.replace(tzinfo=UTC)  # "-0000" says no zone
-    return max(0.0, aware.timestamp() - time.time())
+        return None
+    return (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()  # "-0000" says no zone

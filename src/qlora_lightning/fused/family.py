@@ -42,7 +42,7 @@ def fuse(model: PeftModel, flat: FlatAdapter, kernels: ModuleType, dtype: torch.
     """
     base: Any = model.get_base_model()
     config = base.config
-    _check_config(config)
+    check_config(config)
     device = base.get_input_embeddings().weight.device
     rotary = base.model.rotary_emb
     blocks = [_block(layer, number, config, flat) for number, layer in enumerate(base.model.layers)]
@@ -62,7 +62,8 @@ def fuse(model: PeftModel, flat: FlatAdapter, kernels: ModuleType, dtype: torch.
     )
 
 
-def _check_config(config: Any) -> None:
+def check_config(config: Any) -> None:
+    """Raises NotFused for a model of this configuration of transformers."""
     if config.model_type not in FAMILIES:
         raise NotFused(f"its family is {config.model_type}; fused are {', '.join(FAMILIES.values())}")
     if config.hidden_act != "silu":
@@ -85,8 +86,7 @@ def _block(layer: Any, number: int, config: Any, flat: FlatAdapter) -> Block:
     size = attention.head_dim
     qkv = _group([attention.q_proj, attention.k_proj, attention.v_proj], flat, stream)
     query, key, _ = qkv.sizes
-    if size % 8 or size > 256:
-        raise NotFused(f"its heads have {size} columns, which no fast attention takes")
+    check_head(size)
     return Block(
         qkv=qkv,
         out=_group([attention.o_proj], flat, stream + 2),
@@ -102,6 +102,12 @@ def _block(layer: Any, number: int, config: Any, flat: FlatAdapter) -> Block:
     )
 
 
+def check_head(size: int) -> None:
+    """Raises NotFused for heads of ``size`` columns."""
+    if size % 8 or size > 256:
+        raise NotFused(f"its heads have {size} columns, which no fast attention takes")
+
+
 def _head_norms(attention: Any) -> HeadNorms | None:
     if not hasattr(attention, "q_norm"):
         return None
@@ -115,7 +121,7 @@ def _window(attention: Any, config: Any) -> int | None:
 
 def _group(layers: Sequence[Any], flat: FlatAdapter, stream: int) -> LinearGroup:
     for layer in layers:
-        _check_linear(layer)
+        check_linear(layer)
     first = layers[0]
     dropout = first.lora_dropout[_ADAPTER]
     a, b = ([getattr(layer, name)[_ADAPTER].weight for layer in layers] for name in ("lora_A", "lora_B"))
@@ -130,13 +136,15 @@ def _group(layers: Sequence[Any], flat: FlatAdapter, stream: int) -> LinearGroup
     )
 
 
-def _check_linear(layer: Any) -> None:
+def check_linear(layer: Any) -> None:
+    """Raises NotFused for this linear layer of a block; its weight may have no values yet."""
     if not isinstance(layer, Linear4bit) or _ADAPTER not in layer.lora_A:
         raise NotFused("not every linear layer of its blocks is in 4 bits with LoRA")
     if (rank := layer.r[_ADAPTER]) > _RANKS:
         raise NotFused(f"its adapter has rank {rank}; fused are ranks up to {_RANKS}")
     weight: Any = layer.base_layer.weight
-    if weight.quant_state.blocksize != BLOCK or weight.dtype != torch.uint8:
+    stored = weight.quant_state  # None until there are values
+    if (stored is not None and stored.blocksize != BLOCK) or weight.dtype != torch.uint8:
         raise NotFused(f"its 4-bit weights are not stored as bytes in blocks of {BLOCK}")
     features = int(layer.in_features or 0)
     if features % BLOCK:

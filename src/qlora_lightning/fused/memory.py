@@ -79,15 +79,9 @@ class Planner:
 
     def _measure_budget(self) -> Budget:
         """What may be used in all, and what is taken already; the optimizer's state, which the first update makes, with it."""
-        free, total = torch.cuda.mem_get_info(self._device)
-        # CUDA's context, and other processes; paged state counts as the optimizer's, wherever it lies.
-        elsewhere = max(total - free - torch.cuda.memory_reserved(self._device) - self._state.paged, CONTEXT)
-        allowed = self._policy.memory_budget_gib
-        if allowed is not None and self._policy.gradient_checkpointing == "auto":  # of this run alone, as far as others leave it
-            context = min(elsewhere, GIB)
-            total, elsewhere = min(int(allowed * GIB), total - elsewhere + context), context
+        elsewhere, total = taken_elsewhere(self._device, self._state.paged)
         to_come = self._state.whole - (self._state.there - self._state.paged)
-        return Budget(total, torch.cuda.memory_allocated(self._device) + elsewhere + to_come)
+        return budget_within(self._policy, total, elsewhere, torch.cuda.memory_allocated(self._device) + to_come)
 
     def plan(self, shape: Shape, backend: Backend) -> list[Rung]:
         """What each block keeps of a microbatch of this shape.
@@ -105,16 +99,12 @@ class Planner:
 
     def _fitting(self, shape: Shape, backend: Backend) -> list[Rung]:
         """The rungs of ``plan_rungs``; beside the optimizer's state if it can be, else, where it is paged, while that is on the host."""
-        block, length = self._block_of(shape, backend), shape.longest or shape.length
-        try:
-            return plan_rungs(block, self._layers, shape.tokens, length, self._vocabulary, self.budget)
-        except UserError:
-            if not self._policy.paged_optimizer or self._paged_out:
-                raise
-            without = replace(self.budget, held=self.budget.held - self._state.whole)
-            rungs = plan_rungs(block, self._layers, shape.tokens, length, self._vocabulary, without)
-        self._budget, self._paged_out = without, True
-        say("The optimizer's state does not fit beside a microbatch: it waits in host memory, which takes time at each update")
+        block = self._block_of(shape, backend)
+        movable = self._state.whole if self._policy.paged_optimizer and not self._paged_out else 0
+        rungs, budget = fitting_rungs(block, self._layers, shape, self._vocabulary, self.budget, movable)
+        if budget != self.budget:
+            self._budget, self._paged_out = budget, True
+            say("The optimizer's state does not fit beside a microbatch: it waits in host memory, which takes time at each update")
         return rungs
 
     def keeps_all(self, shape: Shape, backend: Backend) -> bool:
@@ -159,8 +149,68 @@ class Planner:
         return planned_bytes(self._block_of(shape, backend), shape.tokens, rungs, self._vocabulary)
 
     def _block_of(self, shape: Shape, backend: Backend) -> BlockShape:
-        if backend not in ("flash", "varlen"):
-            return self._block
-        # FlashAttention 2 in a fixed order: each part of the device that works on the same row sums by itself.
-        work = (shape.sequences or shape.rows) * self._block.heads
-        return replace(self._block, dq_copies=-(-torch.cuda.get_device_properties(self._device).multi_processor_count // work))
+        return block_under(self._block, shape, backend, torch.cuda.get_device_properties(self._device).multi_processor_count)
+
+
+def taken_elsewhere(device: torch.device, paged: int = 0) -> tuple[int, int]:
+    """Bytes of a GPU that are neither free nor this process's tensors, and bytes that it has in all.
+
+    Args:
+        device: the GPU.
+        paged: bytes in unified memory, which count as the optimizer's, wherever they lie.
+    """
+    free, total = torch.cuda.mem_get_info(device)
+    # CUDA's context, and other processes
+    return max(total - free - torch.cuda.memory_reserved(device) - paged, CONTEXT), total
+
+
+def budget_within(policy: MemoryPolicy, total: int, elsewhere: int, held: int) -> Budget:
+    """What a run may use of a device.
+
+    Args:
+        policy: may allow the run less than the device has.
+        total: bytes of the device.
+        elsewhere: bytes of CUDA's context and of other processes.
+        held: bytes that the run itself has taken before a step.
+    """
+    allowed = policy.memory_budget_gib
+    if allowed is not None and policy.gradient_checkpointing == "auto":  # of this run alone, as far as others leave it
+        context = min(elsewhere, GIB)
+        total, elsewhere = min(int(allowed * GIB), total - elsewhere + context), context
+    return Budget(total, held + elsewhere)
+
+
+def fitting_rungs(block: BlockShape, layers: int, shape: Shape, vocabulary: int, budget: Budget, movable: int) -> tuple[list[Rung], Budget]:
+    """The rungs of ``plan_rungs``; beside the optimizer's state if it can be, else, where it is paged, while that is on the host.
+
+    Args:
+        block: sizes of a block.
+        layers: number of blocks.
+        shape: of the microbatch.
+        vocabulary: rows of the head.
+        budget: what they may take.
+        movable: bytes of paged state among what is held.
+
+    Returns:
+        What each block keeps, and the budget that it was planned in.
+
+    Raises:
+        UserError: the microbatch does not fit.
+    """
+    length = shape.longest or shape.length
+    try:
+        return plan_rungs(block, layers, shape.tokens, length, vocabulary, budget), budget
+    except UserError:
+        if not movable:
+            raise
+    without = replace(budget, held=budget.held - movable)
+    return plan_rungs(block, layers, shape.tokens, length, vocabulary, without), without
+
+
+def block_under(block: BlockShape, shape: Shape, backend: Backend, processors: int) -> BlockShape:
+    """``block`` with what attention's backward needs there of a GPU with so many multiprocessors."""
+    if backend not in ("flash", "varlen"):
+        return block
+    # FlashAttention 2 in a fixed order: each part of the device that works on the same row sums by itself.
+    work = (shape.sequences or shape.rows) * block.heads
+    return replace(block, dq_copies=-(-processors // work))

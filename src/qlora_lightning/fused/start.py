@@ -5,6 +5,7 @@ import importlib.util
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
+from weakref import ref
 
 import torch
 from peft import PeftModel
@@ -53,9 +54,8 @@ def fused_runner(
         say(f"Fused path: off, since it computes in bf16, not {str(dtype).removeprefix('torch.')}")
         return None
     base: Any = model.get_base_model()
-    longest = max(positions_of(base.config) or 0, LEAST_POSITIONS) + LONGEST_STEP
     try:
-        decoder = replace(fuse(model, flat, _triton_kernels(), dtype, longest), reproducible=reproducible)
+        decoder = replace(fuse(model, flat, _triton_kernels(), dtype, rope_positions(base.config)), reproducible=reproducible)
         if fp8:
             decoder = in_fp8(decoder)
     except NotFused as reason:
@@ -67,8 +67,20 @@ def fused_runner(
     if fp8:
         say(f"Compute: {FP8_SAID}")
     runner = Runner(decoder, flat, policy, state_bytes=2 * flat.parameter.numel() * policy.optimizer_bits // 8, graphs=True)
-    base.model.register_forward_pre_hook(lambda *_: runner.give_up_graphs())  # validation, samples and the like
+    known = ref(runner)  # the base may outlive its runner, with the memory of its graphs
+    base.model.register_forward_pre_hook(lambda *_: give_way(known()))  # validation, samples and the like
     return runner
+
+
+def rope_positions(config: Any) -> int:
+    """Rows of RoPE's table for a model of this configuration; lengths are rounded up."""
+    return max(positions_of(config) or 0, LEAST_POSITIONS) + LONGEST_STEP
+
+
+def give_way(runner: Runner | None) -> None:
+    """Free the memory of a runner's graphs where that is short; None is one that has gone."""
+    if runner is not None:
+        runner.give_up_graphs()
 
 
 def _triton_kernels() -> ModuleType:

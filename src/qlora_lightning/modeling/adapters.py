@@ -1,6 +1,8 @@
 """LoRA by PEFT on every linear layer of the blocks, and the adapter folder: PEFT's format plus what is needed to use it rightly."""
 
+import hashlib
 import json
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,17 @@ from qlora_lightning.modeling.sources import first_line
 METADATA_FILE = "qlora_lightning.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 ALL_LINEAR = "all-linear"
+_METADATA: dict[str, type] = {
+    "base_model": str,
+    "revision": str,
+    "base_fingerprint": str,
+    "compute": str,
+    "quantization": dict,
+    "template": str,
+    "system_prompt": str,
+}
+"""What readers of the metadata rely on, each None where it is not known; the file may come from anywhere."""
+_CONFIG: dict[str, type] = {"r": int, "lora_alpha": int}
 
 
 @dataclass
@@ -72,14 +85,28 @@ def norms_to_fp32(model: torch.nn.Module, dtype: torch.dtype) -> None:
 
 
 def save_adapter(model: PeftModel, folder: Path, metadata: dict[str, Any], card: str) -> None:
-    """Write PEFT's adapter folder with our metadata and a card. ``metadata`` must be JSON; see ``module.QLoRAModule.metadata``."""
+    """Write PEFT's adapter folder with a card and, last, our metadata. Also there: a hash of the weights, as their format has none.
+
+    Args:
+        model: A model with an adapter.
+        folder: Made where it is missing.
+        metadata: JSON; see ``module.QLoRAModule.metadata``.
+        card: Markdown.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     # host copies: PEFT would clone, on the device, tensors that share memory, as those of a flat adapter do
     weights = {name: value.detach().to("cpu", copy=True) for name, value in model.named_parameters() if ".lora_" in name}
     # embedding layers by "auto", the default, would be looked for in the base's vocabulary on the hub
     model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
-    (folder / METADATA_FILE).write_text(json.dumps(metadata, indent=2) + "\n")
+    shutil.copymode(folder / "adapter_config.json", folder / ADAPTER_FILE)  # safetensors does not heed the umask
     (folder / "README.md").write_text(card)
+    metadata = metadata | {"adapter_sha256": _sha256(folder / ADAPTER_FILE)}
+    (folder / METADATA_FILE).write_text(json.dumps(metadata, indent=2) + "\n")
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def adapter_metadata(folder: Path) -> dict[str, Any]:
@@ -91,7 +118,9 @@ def adapter_metadata(folder: Path) -> dict[str, Any]:
     if not (folder / "adapter_config.json").is_file() or not (folder / ADAPTER_FILE).is_file():
         raise UserError(f"{folder} is not an adapter folder: it needs adapter_config.json and {ADAPTER_FILE}")
     file = folder / METADATA_FILE
-    return _read_json(file) if file.is_file() else {}
+    values = _read_json(file) if file.is_file() else {}
+    _check_types(values, _METADATA, file)
+    return values
 
 
 def adapter_config(folder: Path) -> LoraConfig:
@@ -107,16 +136,27 @@ def adapter_config(folder: Path) -> LoraConfig:
     for name in ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern"):
         if values.get(name):
             raise UserError(f"{folder} needs plain LoRA with one r and alpha, got {name} {values[name]}; use it with PEFT, or give another")
+    _check_types(values, _CONFIG, file)
+    targets = values.get("target_modules") or []
+    if not isinstance(targets, str | list) or not all(isinstance(one, str) for one in targets):
+        raise UserError(f"{file}: target_modules must be names of layers, got {targets!r}; copy the adapter again or give another")
     try:
         return LoraConfig.from_pretrained(str(folder))
     except (TypeError, ValueError) as error:
         raise UserError(f"{file} cannot be read ({first_line(error)}); copy the adapter again or give another") from error
 
 
+def _check_types(values: dict[str, Any], kinds: dict[str, type], file: Path) -> None:
+    for name, kind in kinds.items():
+        if values.get(name) is not None and not isinstance(values[name], kind):
+            found = type(values[name]).__name__
+            raise UserError(f"{file}: {name} must be {kind.__name__}, got {found}; copy the adapter again or give another")
+
+
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # no JSON, or no UTF-8
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or lists without an end
         raise UserError(f"{file} is not JSON ({first_line(error)}); copy the adapter again or give another") from error
     if not isinstance(values, dict):
         raise UserError(f"{file} must hold one JSON object, got {type(values).__name__}; copy the adapter again or give another")
@@ -145,6 +185,11 @@ def load_adapter(model: PeftModel, folder: Path, base_fingerprint: str) -> None:
         weights = load_file(folder / ADAPTER_FILE)
     except SafetensorError as error:
         raise UserError(f"{folder / ADAPTER_FILE} cannot be read ({first_line(error)}); copy the adapter again or give another") from error
+    if metadata.get("adapter_sha256") not in (None, _sha256(folder / ADAPTER_FILE)):
+        raise UserError(f"{folder / ADAPTER_FILE} is not what was written (its SHA-256 differs); copy the adapter again or give another")
+    broken = next((name for name, value in weights.items() if not value.isfinite().all()), None)
+    if broken is not None:
+        raise UserError(f"{folder / ADAPTER_FILE} holds NaN or infinity in {broken}, of which no answer comes; give another adapter")
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     check_adapter_shapes(
         {name: tuple(value.shape) for name, value in weights.items()},

@@ -80,8 +80,15 @@ class FlatAdapter:
         return self.parameter.data[place].view(-1, columns), self.gradient[place].view(-1, columns)
 
     def zero_grad(self) -> None:
-        """Set every gradient to zero, in place."""
+        """Set every gradient to zero, in place, and show it to the optimizer again."""
         self.gradient.zero_()
+        for piece, gradient in zip(self.pieces, self.gradient.split(PIECE), strict=True):
+            piece.grad = gradient
+
+    def withhold(self) -> None:
+        """Hide the gradient from the optimizer until ``zero_grad``: it leaves what has none as it is, values, moments and step count."""
+        for piece in self.pieces:
+            piece.grad = None
 
     def gradient_norm(self) -> Tensor:
         """Euclidean norm of the gradient, a scalar.

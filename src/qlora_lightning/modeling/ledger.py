@@ -1,11 +1,15 @@
 """What a model is made of: parameters and bytes by part and dtype, so that nothing is upcast or trained unseen."""
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
+from bitsandbytes.nn import Params4bit
 from rich.table import Table
 
 GIB = 2**30
+NESTED_BLOCK = 256
+"""Constants that bitsandbytes quantises together."""
 
 
 @dataclass
@@ -20,7 +24,10 @@ class LedgerRow:
 
 
 def ledger(model: torch.nn.Module) -> list[LedgerRow]:
-    """Rows by part and dtype. A 4-bit weight counts its true number of parameters; its quantisation constants have a row of their own."""
+    """Rows by part and dtype. A 4-bit weight counts its true number of parameters; its quantisation constants have a row of their own.
+
+    Of a model without values (``modeling/skeleton.py``): what it will be made of.
+    """
     rows: dict[tuple[str, str, bool], LedgerRow] = {}
 
     def add(part: str, dtype: str, parameters: int, num_bytes: int, trainable: bool) -> None:
@@ -29,15 +36,38 @@ def ledger(model: torch.nn.Module) -> list[LedgerRow]:
         row.num_bytes += num_bytes
 
     for name, parameter in model.named_parameters():
-        state = getattr(parameter, "quant_state", None)
-        if state is None:
+        if not isinstance(parameter, Params4bit):
             add(_part(name), str(parameter.dtype).removeprefix("torch."), parameter.numel(), parameter.nbytes, parameter.requires_grad)
             continue
-        add("linear layers", state.quant_type, state.shape.numel(), parameter.nbytes, False)
-        nested = state.state2 if state.nested else None
-        constants = state.absmax.nbytes + (nested.absmax.nbytes if nested else 0)
-        add("quantisation constants", "uint8 + float32" if nested else "float32", 0, constants, False)
+        stored = _to_come(parameter) if parameter.device.type == "meta" else _stored(parameter)
+        add("linear layers", parameter.quant_type, stored.parameters, stored.packed, False)
+        add("quantisation constants", "uint8 + float32" if stored.nested else "float32", 0, stored.constants, False)
     return sorted(rows.values(), key=lambda row: -row.num_bytes)
+
+
+class _Stored(NamedTuple):
+    """A 4-bit weight: its true number of parameters, and bytes."""
+
+    parameters: int
+    packed: int
+    constants: int
+    nested: bool
+    """Whether the constants are quantised too."""
+
+
+def _stored(weight: Any) -> _Stored:
+    state = weight.quant_state
+    nested = state.state2 if state.nested else None
+    constants = state.absmax.nbytes + (nested.absmax.nbytes if nested else 0)
+    return _Stored(state.shape.numel(), weight.nbytes, constants, nested is not None)
+
+
+def _to_come(weight: Any) -> _Stored:
+    """What bitsandbytes will make of a weight without values: two a byte, an absmax a block, double quantisation in blocks of them."""
+    blocks = -(-weight.numel() // weight.blocksize)
+    nested = bool(weight.compress_statistics)
+    constants = blocks + -(-blocks // NESTED_BLOCK) * 4 if nested else blocks * 4
+    return _Stored(weight.numel(), -(-weight.numel() // 2), constants, nested)
 
 
 def _part(name: str) -> str:

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from qlora_lightning.errors import UserError
+from qlora_lightning.modeling.foreign import check_base_files
 from qlora_lightning.modeling.sources import first_line, hub_errors, quiet_transformers, resolve_base
 
 Compute = Literal["auto", "bf16", "fp32", "fp8"]
@@ -106,9 +107,16 @@ def load_stored(source: str, storage: Storage, dtype: torch.dtype, device: torch
         raise UserError(f"bitsandbytes cannot work on {device} ({reason}); see `qlora-lightning doctor`")
     resolved = resolve_base(source)
     with hub_errors(source), quiet_transformers():
+        check_base_files(resolved, revision, source)
         try:
             model = AutoModelForCausalLM.from_pretrained(
-                resolved, revision=revision or "main", quantization_config=_stored(storage, dtype), dtype=dtype, device_map={"": device}
+                resolved,
+                revision=revision or "main",
+                quantization_config=quantization_config(storage, dtype),
+                dtype=dtype,
+                device_map={"": device},
+                use_safetensors=True,
+                trust_remote_code=False,
             )
         except torch.OutOfMemoryError as error:
             total = torch.cuda.get_device_properties(device).total_memory / 2**30
@@ -118,7 +126,8 @@ def load_stored(source: str, storage: Storage, dtype: torch.dtype, device: torch
     return model
 
 
-def _stored(storage: Storage, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+def quantization_config(storage: Storage, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """What transformers is told about ``storage``; None for weights that are not quantised."""
     if storage == "16bit":
         return None
     if storage == "int8":

@@ -24,4 +24,4 @@ def base_positions(source: str, revision: str | None = None) -> int | None:
     """
     resolved = resolve_base(source)
     with hub_errors(source), quiet_transformers():
-        return positions_of(AutoConfig.from_pretrained(resolved, revision=revision or "main"))
+        return positions_of(AutoConfig.from_pretrained(resolved, revision=revision or "main", trust_remote_code=False))

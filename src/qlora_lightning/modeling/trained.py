@@ -1,18 +1,31 @@
 """A base model with its adapter, or a merged one, loaded to be asked or measured."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedTokenizerFast
 
 from qlora_lightning.console import say
 from qlora_lightning.errors import UserError
-from qlora_lightning.modeling.adapters import LoRASpec, adapter_config, adapter_metadata, attach_lora, load_adapter, norms_to_fp32
+from qlora_lightning.modeling.adapters import (
+    ADAPTER_FILE,
+    LoRASpec,
+    adapter_config,
+    adapter_metadata,
+    attach_lora,
+    load_adapter,
+    norms_to_fp32,
+)
 from qlora_lightning.modeling.fingerprint import base_fingerprint
-from qlora_lightning.modeling.loading import QuantizationSpec, Storage, compute_dtype, load_stored
-from qlora_lightning.modeling.tokenizer import load_tokenizer
+from qlora_lightning.modeling.loading import Compute, QuantizationSpec, Storage, compute_dtype, load_stored
+from qlora_lightning.modeling.sources import first_line
+from qlora_lightning.modeling.tokenizer import check_tokenizer, load_tokenizer
+
+_REVISION = re.compile(r"\w[\w-]*(?:[./][\w-]+)*")
 
 
 @dataclass
@@ -55,9 +68,12 @@ def load_trained(adapter: Path | None, base_model: str | None, storage: Storage 
     """
     base_model, metadata = find_base(adapter, base_model)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    dtype = compute_dtype(metadata.get("compute", "auto"), device)
-    storage = storage or QuantizationSpec(**metadata.get("quantization", {})).storage
+    compute, stored = _recorded(metadata, str(adapter))
+    dtype = compute_dtype(compute, device)
+    storage = storage or stored
     tokenizer = load_tokenizer(base_model, metadata.get("revision"))
+    if adapter:
+        check_tokenizer(tokenizer, metadata, adapter)
     say(f"Loading {base_model} as {storage} onto {device}")
     model: Any = load_stored(base_model, storage, dtype, device, metadata.get("revision"))
     if adapter:
@@ -87,5 +103,30 @@ def adapter_spec(adapter: Path) -> LoRASpec:
         UserError: they are broken, or more than ``LoRASpec`` can say.
     """
     config = adapter_config(adapter)
+    _check_rank(adapter, config.r)
     targets = sorted(config.target_modules or []) if not isinstance(config.target_modules, str) else [config.target_modules]
     return LoRASpec(r=config.r, alpha=config.lora_alpha, dropout=0.0, target_modules=targets)
+
+
+def _recorded(metadata: dict[str, Any], adapter: str) -> tuple[Compute, Storage]:
+    """How an adapter was trained; its metadata may come from anywhere."""
+    compute, quantization = metadata.get("compute") or "auto", metadata.get("quantization") or {}
+    kind, double = quantization.get("quant_type", "nf4"), quantization.get("double_quant", True)
+    if compute not in get_args(Compute) or kind not in ("nf4", "fp4") or not isinstance(double, bool):
+        raise UserError(
+            f"{adapter} records compute {compute!r} and quantization {quantization!r}, which this tool does not know; give another adapter"
+        )
+    if not _REVISION.fullmatch(metadata.get("revision") or "main"):
+        raise UserError(f"{adapter} records revision {metadata['revision']!r}, which is none of the hub's; give another adapter")
+    return cast(Compute, compute), QuantizationSpec(kind, double).storage
+
+
+def _check_rank(adapter: Path, rank: Any) -> None:
+    """Before room is made for an adapter of that rank: the file must hold one."""
+    try:
+        with safe_open(adapter / ADAPTER_FILE, framework="pt") as file:
+            ranks = {file.get_slice(name).get_shape()[0] for name in file.keys() if "lora_A" in name}  # noqa: SIM118
+    except (SafetensorError, OSError, IndexError) as error:
+        raise UserError(f"{adapter / ADAPTER_FILE} cannot be read ({first_line(error)}); copy the adapter again or give another") from error
+    if ranks != {rank}:
+        raise UserError(f"{adapter} says rank {rank} in its configuration, but its weights have {sorted(ranks)}; copy the adapter again")
