@@ -1,7 +1,8 @@
 """Does a fit that is killed again and again end as the one that was left alone? Kill, go on with ``--ckpt_path last``, compare every bit.
 
     python benchmarks/kills.py --kills 200
-    python benchmarks/kills.py --kills 20 --gpu --seed 1 -- --config quickstart --trainer.max_epochs 1 --checkpoint.every_n_steps 2
+    python benchmarks/kills.py --kills 20 --gpu
+    python benchmarks/kills.py --kills 20 --gpu --seed 1 -- --config quickstart --trainer.logger false --checkpoint.every_n_steps 2
 
 What stands behind ``--`` are options of ``fit``; without them a tiny random model trains for 12 steps. One run is left alone. Others are
 killed by SIGKILL, up to ``--each`` times, and each time started again with the same command. Half of the kills fall at a random moment
@@ -10,7 +11,7 @@ unlink, ...), which this script counts while a fit runs. After every kill whatev
 (all but speed and memory), samples, every checkpoint and every adapter must equal those of the undisturbed run, and no other file may be
 there.
 
-On a CPU each start is forked from this process, which has imported everything; with ``--gpu`` it is a process of its own.
+On a CPU each start is forked from this process, which has imported everything; with ``--gpu`` it is a process of its own, on the GPU.
 """
 
 import argparse
@@ -179,8 +180,8 @@ def fit(command: list[str], beacon: Beacon, root: Path, kill_at: int) -> int:
     return main(command)
 
 
-def write_example(folder: Path) -> list[str]:
-    """Options of a fit of a tiny random LLaMA on generated rows, which this writes."""
+def write_example(folder: Path, gpu: bool) -> list[str]:
+    """Options of a fit of a tiny random LLaMA on generated rows, which this writes; in bf16 on a GPU, for the fused path."""
     from random_llama import write_tokenizer
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -194,7 +195,8 @@ def write_example(folder: Path) -> list[str]:
     assert os.waitpid(pid, 0)[1] == 0
     lines = [{"instruction": f"Say {'very ' * (n % 5)}{n}.", "output": f"{'so ' * (n * 7 % 11)}{n}"} for n in range(27)]
     rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    options = RECIPE | {"model.base_model": base, "data.dataset.path": rows, "trainer.accelerator": "cpu"}
+    device = {"trainer.accelerator": "gpu", "model.compute": "bf16"} if gpu else {"trainer.accelerator": "cpu"}
+    options = RECIPE | {"model.base_model": base, "data.dataset.path": rows} | device
     return [part for name, value in options.items() for part in (f"--{name}", str(value))]
 
 
@@ -260,7 +262,7 @@ def main() -> int:
     given.work.mkdir(parents=True)
     if not given.gpu:
         import qlora_lightning.lightning_cli  # noqa: F401  (forked fits have it then)
-    starter = Starter(given.work.resolve(), given.options or write_example(given.work.resolve()), given.gpu)
+    starter = Starter(given.work.resolve(), given.options or write_example(given.work.resolve(), given.gpu), given.gpu)
     for name in ("warm-up", "whole"):  # the first prepares the data
         if starter.start(name):
             sys.exit((starter.work / f"{name}.log").read_text())

@@ -82,7 +82,7 @@ def measured(shape: Shape, base: Path, folder: Path) -> dict[str, Any]:
     )
     if not done.stdout:
         sys.exit(done.returncode)  # the command has said why
-    document: dict[str, Any] = json.loads(done.stdout)
+    document: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return document["measured"] | {"seconds": time.perf_counter() - began}
 
 

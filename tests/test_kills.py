@@ -36,8 +36,8 @@ def test_killed_runs_lose_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_random_state_that_is_not_restored_is_seen(tmp_path: Path) -> None:
-    """The same kills, with dropout drawing other masks after each."""
-    command = [sys.executable, "-c", UNSAVED_RANDOM_STATE, *KILLS, str(tmp_path / "work")]
+    """A few kills are enough: dropout draws other masks after one in the middle."""
+    command = [sys.executable, "-c", UNSAVED_RANDOM_STATE, "--kills", "3", "--each", "3", "--seed", "3", "--work", str(tmp_path / "work")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=BENCHMARKS)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "differs: rows of metrics.csv" in done.stdout

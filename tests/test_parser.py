@@ -1,9 +1,9 @@
-"""Lists on the command line."""
+"""Lists on the command line, and options that only one command knows."""
 
 import pytest
 
 from qlora_lightning.cli import main
-from qlora_lightning.parser import gather_lists
+from qlora_lightning.parser import gather_lists, without
 
 
 def plot(runs: list[str], output: str = "x", labels: list[str] | None = None) -> None: ...
@@ -40,3 +40,8 @@ def test_help_shows_a_list_as_words(capsys: pytest.CaptureFixture[str]) -> None:
         main(["report", "--help"])
     shown = capsys.readouterr().out
     assert "--runs ITEM ..." in shown and "[ITEM," not in shown
+
+
+def test_options_that_only_one_command_knows_are_left_out() -> None:
+    given = ["--config", "quickstart", "--rows", "4", "--checks=resume", "--json=true", "--rows=5", "--trainer.devices", "1"]
+    assert without(given, ("--checks", "--rows")) == ["--config", "quickstart", "--json=true", "--trainer.devices", "1"]

@@ -124,6 +124,12 @@ def test_measuring_confirms_the_plan(command: Plan, tmp_path: Path, capsys: pyte
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_cannot_work_is_not_measured(command: Plan, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step without room would end before the plan has said so."""
+    monkeypatch.setattr("qlora_lightning.planning.measure", None)
+    assert "warmup_steps must be below" in line_of(capsys, *command("measure", "model.optimizer.warmup_steps=6", gib=None))
+
+
 def test_a_stream_is_planned_by_its_limits(command: Plan, capsys: pytest.CaptureFixture[str]) -> None:
     plan = document(capsys, *command("data.streaming=true", "trainer.max_steps=4", "data.dataset.max_length=100"))
     assert plan["longest_microbatch"] == {"rows": 4, "tokens_a_row": 100, "known": False}

@@ -203,6 +203,8 @@ class _Watch(Callback):
         self.trainer = trainer
         if pl_module.device.type == "cpu":
             self._watcher = _HostPeak()
+        else:
+            torch.cuda.reset_peak_memory_stats(pl_module.device)  # loading is over, and no part of the plan
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._read += batch["num_tokens"]

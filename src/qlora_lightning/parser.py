@@ -6,7 +6,7 @@ import json
 import os
 import re
 from argparse import HelpFormatter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import yaml
@@ -168,3 +168,15 @@ def gather_lists(function: Callable[..., Any], arguments: list[str]) -> list[str
             rest.append(argument)
             option = ""
     return [*(f"--{name}={json.dumps(values)}" for name, values in lists.items() if values), *rest]
+
+
+def without(options: Sequence[str], names: Sequence[str]) -> list[str]:
+    """``options`` without these and their values; a switch is written NAME=true by now."""
+    kept, rest = [], list(options)
+    while rest:
+        option = rest.pop(0)
+        if option.partition("=")[0] not in names:
+            kept.append(option)
+        elif "=" not in option and rest:
+            rest.pop(0)
+    return kept

@@ -13,7 +13,7 @@ from rich.table import Table
 from qlora_lightning.errors import UserError
 from qlora_lightning.lightning_cli import QLoRACLI, resolve_names
 from qlora_lightning.measuring import Measured, measure
-from qlora_lightning.parser import OneLineParser
+from qlora_lightning.parser import OneLineParser, without
 from qlora_lightning.plan.advice import Change, least_gib
 from qlora_lightning.plan.memory import MODES, MemoryPlan
 from qlora_lightning.plan.outlook import Outlook, Saves
@@ -51,7 +51,8 @@ def plan(options: list[str]) -> int:
         return 0
     cli = PlanCLI(options)
     outlook = cli.outlook()
-    measured = measure(cli.of_fit, outlook, cli.datamodule, cli.trainer) if cli.given.measure else None
+    wanted = cli.given.measure and outlook.fits and not outlook.problems  # else the lines below say why it would fail
+    measured = measure(cli.of_fit, outlook, cli.datamodule, cli.trainer) if wanted else None
     if cli.given.json:
         print(json.dumps(outlook.document() | ({"measured": measured.document()} if measured else {})))
     else:
@@ -70,7 +71,7 @@ class PlanCLI(QLoRACLI):
 
     def __init__(self, options: list[str]) -> None:
         command, *resolved = resolve_names(["fit", *options])
-        self.of_fit = _without(options, ("--gpu_gib", "--gpu-gib", "--measure", "--json"))
+        self.of_fit = without(options, ("--gpu_gib", "--gpu-gib", "--measure", "--json"))
         super().__init__([command, "--config", str(shared_defaults()), *resolved])
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -111,18 +112,6 @@ class PlanCLI(QLoRACLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         """There is nothing to run."""
-
-
-def _without(options: list[str], names: tuple[str, ...]) -> list[str]:
-    """Options without those of this command: switches are written NAME=true here, others have their value in them or behind them."""
-    kept, rest = [], list(options)
-    while rest:
-        option = rest.pop(0)
-        if option.partition("=")[0] not in names:
-            kept.append(option)
-        elif "=" not in option and rest:
-            rest.pop(0)
-    return kept
 
 
 def _add_options(parser: ArgumentParser) -> None:

@@ -23,7 +23,7 @@ from qlora_lightning.console import say
 from qlora_lightning.data.stream import BEGINNING
 from qlora_lightning.errors import UserError
 from qlora_lightning.lightning_cli import QLoRACLI, resolve_names
-from qlora_lightning.parser import OneLineParser
+from qlora_lightning.parser import OneLineParser, without
 from qlora_lightning.recipes import shared_defaults
 from qlora_lightning.run_folder import find_checkpoint
 from qlora_lightning.verify import gradients
@@ -207,7 +207,7 @@ class Verification:
         """Two real fits: one of four steps, and one that begins behind its second from its checkpoint."""
         first = self.cli
         self._fit(first)
-        first.trainer.strategy.optimizers = []  # their state takes room that nothing needs any more
+        _forget_optimizer(first.trainer)
         checkpoint = first.root / "checkpoints" / f"step-{STOP:08d}.ckpt"
         fresh = self._room_for_another() if self.fresh is None else self.fresh
         resumed = self.folder / "resumed"
@@ -269,16 +269,9 @@ class Verification:
         }
 
 
-def without(options: Sequence[str], names: Sequence[str]) -> list[str]:
-    """``options`` without these and their values."""
-    kept, rest = [], list(options)
-    while rest:
-        option, equals, _ = (given := rest.pop(0)).partition("=")
-        if option not in names:
-            kept.append(given)
-        elif not equals:
-            rest.pop(0)
-    return kept
+def _forget_optimizer(trainer: Trainer) -> None:
+    """After a fit its state takes room that nothing needs any more; the schedule holds it too."""
+    trainer.strategy.optimizers, trainer.strategy.lr_scheduler_configs = [], []
 
 
 def _add_options(parser: ArgumentParser) -> None:

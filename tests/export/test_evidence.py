@@ -1,6 +1,7 @@
 """KL, agreement and perplexity against float64 by hand; intervals that hold what they promise."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -124,3 +125,5 @@ def test_the_bound_is_kept_exactly() -> None:
     nothing = Estimate(0, 0, 0)
     verdict = Verdict({"original": Figures(Estimate(0.02, 0, 1), nothing, nothing, 0.0)}, nothing, "original", False, 0.02)
     check(verdict)
+    with pytest.raises(UserError):
+        check(replace(verdict, max_kl=0.0199))

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from qlora_lightning.errors import UserError
-from qlora_lightning.verification import without
 from qlora_lightning.verify.outcome import BITS, Bound, Findings, Measurement, Outcome, carry_out, relative
 
 
@@ -38,8 +37,3 @@ def test_a_users_error_fails_its_check_alone() -> None:
 
     outcome = carry_out("resume", refuse)
     assert (outcome.verdict, outcome.document()["note"]) == ("failed", "the checkpoint holds another run")
-
-
-def test_the_resumed_fit_gets_no_options_that_only_verify_knows() -> None:
-    given = ["--config", "quickstart", "--rows", "4", "--checks=resume", "--json=true", "--rows=5", "--trainer.devices", "1"]
-    assert without(given, ("--checks", "--rows")) == ["--config", "quickstart", "--json=true", "--trainer.devices", "1"]

@@ -1,5 +1,6 @@
 """``verify`` passes a sound setup, and of every fault that is planted the one check finds it that is there for it."""
 
+import gc
 import json
 import re
 from collections.abc import Callable
@@ -19,7 +20,10 @@ from qlora_lightning.cli import main
 from qlora_lightning.data import steps, tokenize
 from qlora_lightning.data.collate import Collator
 from qlora_lightning.fused import runner
+from qlora_lightning.fused.budget import GIB, Budget
+from qlora_lightning.kernels import reference
 from qlora_lightning.modeling import adapters
+from qlora_lightning.modeling.flat import FlatAdapter
 from qlora_lightning.module import QLoRAModule
 from qlora_lightning.strategies import QLoRAStrategy
 from qlora_lightning.verification import Verification
@@ -205,6 +209,82 @@ def test_ranks_that_read_the_same_rows_fail_and_nothing_else_does(verify: Verify
 
     monkeypatch.setattr(subject, "microbatches_of", of_rank_0)
     assert verdicts(verify(checks=[*IN_PROCESS, "ranks"])) == sound() | {"ranks": "failed"}
+
+
+# ---- the fused path, with plain torch for kernels ----
+
+
+class Replay:
+    """Stands for a captured graph."""
+
+    def __init__(self, replay: Callable[[], None]) -> None:
+        self.replay = replay
+
+
+def fused_on_cpu(patch: Patch, fault: float) -> None:
+    """Let training take the fused path, and what stands for its graphs give gradients that are too large by ``fault``."""
+
+    def make(model: Any, flat: FlatAdapter, policy: Any, device: torch.device, dtype: torch.dtype, *_: Any) -> runner.Runner:
+        made = runner.Runner(runner.fuse(model, flat, reference, dtype, 4096), flat, policy, state_bytes=0, graphs=True)
+        made.planner._budget = Budget(24 * GIB, 4 * GIB)
+        return made
+
+    def capture(self: runner.Runner, place: runner.Place, shape: Any) -> runner.Graphs:
+        states: list[Any] = []
+        graphs: Any = runner.Graphs(None, None, torch.zeros(()), torch.ones(()))  # type: ignore[arg-type]
+
+        def forward() -> None:
+            states[:] = [self.decoder.forward(place.tokens, place.rungs)]
+            graphs.loss.copy_(states[0].losses.sum())
+
+        graphs.forward = Replay(forward)
+        graphs.backward = Replay(lambda: self.decoder.backward(states[0], place.tokens, graphs.scale * (1 + fault)))
+        self._pool = object()
+        return graphs
+
+    for place in ("module", "verify.subject"):
+        patch.setattr(f"qlora_lightning.{place}.fused_runner", make)
+    patch.setattr(runner.Runner, "_capture", capture)
+    patch.setattr(torch.cuda, "synchronize", lambda _: None)
+    patch.setattr(torch.cuda, "empty_cache", lambda: None)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("checks", [["fused"], ["resume", "fused"]], ids=str)
+def test_graphs_that_compute_otherwise_fail_the_fused_check(verify: Verify, monkeypatch: Patch, dropout: float, checks: list[str]) -> None:
+    """Also where every shape of the step has run before, as in the fits of ``resume``: the eager step is one."""
+    fused_on_cpu(monkeypatch, fault=1e-6)
+    found = verify(f"--model.lora.dropout={dropout}", checks=checks)["fused"]
+    graphs, loss = found.measured[-2:]
+    assert graphs.what == "graphs = eager: gradient" and 0 < graphs.difference < 1e-5 and not graphs.within
+    assert loss.within and all(one.within for one in found.measured[:-2])
+
+
+# ---- what a check leaves behind ----
+
+
+def test_the_state_of_the_first_fit_is_gone_before_the_second(options: list[str], tmp_path: Path, monkeypatch: Patch) -> None:
+    """Where memory is short, the second needs its room."""
+    left: list[Any] = []
+
+    def look(self: Verification, root: Path, checkpoint: Path) -> None:
+        gc.collect()
+        left.extend(one for one in gc.get_objects() if isinstance(one, torch.optim.Optimizer) and one.state)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Verification, "_in_this_process", look)
+    with pytest.raises(KeyboardInterrupt):
+        Verification([*options, "--checks=resume"], tmp_path, fresh=False).run()
+    assert left == []
+
+
+def test_roundings_that_differ_are_measured_and_taken_back(options: list[str], tmp_path: Path) -> None:
+    subject = Verification([*options, "--model.compute=bf16"], tmp_path)._subject()
+    before = subject.module.flat.parameter.detach().clone()
+    gradient, loss = subject.jitter
+    assert 1e-3 < gradient < 0.1 and 0 < loss < 1e-3
+    assert torch.equal(subject.module.flat.parameter, before)
+    assert subject.kernels_bounds[0].value >= 2 * gradient and subject.kernels_bounds[1].value >= 2 * loss
 
 
 # ---- on a GPU ----

@@ -84,11 +84,13 @@ class Candidates:
             self.merger.write(folder, *self._storage(base), advance=advance)
         for file in folder.glob("*.safetensors"):  # which safetensors lets nobody but their owner read
             file.chmod((folder / "config.json").stat().st_mode)
+        free_memory()  # of the products: what is free decides how much of the model lies on the device
         model = load_merged(folder, self._dtype, self.live.device)
         with counting(f"merged, {base}", scored_tokens(self.rows), "tokens") as advance:
             measured = self.record.compare(model, nullcontext, self.live.device, advance)
         del model
         free_memory()
+        shutil.rmtree(_offload(folder), ignore_errors=True)
         return measured
 
     def _storage(self, base: Base) -> tuple[list[str], Callable[[Tensor], Tensor] | None]:
@@ -114,21 +116,24 @@ def load_merged(folder: Path, dtype: torch.dtype | None, device: torch.device) -
     Raises:
         UserError: tensors are missing: transformers reads this model's files in a way that merging does not know.
     """
-    offload = folder.with_name(f"{folder.name}.offload")
-    placing: Any = {"device_map": "auto", "offload_folder": offload} if device.type == "cuda" else {"device_map": {"": "cpu"}}
+    placing: Any = {"device_map": "auto", "offload_folder": _offload(folder)} if device.type == "cuda" else {"device_map": {"": "cpu"}}
     loaded: Any
     with quiet_transformers():
         loaded = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype or "auto", output_loading_info=True, use_safetensors=True, trust_remote_code=False, **placing
         )
     model, loading = loaded
-    shutil.rmtree(offload, ignore_errors=True)
     if missing := sorted(loading["missing_keys"]):
         raise UserError(
             f"the merged model would load without {missing[0]} ({len(missing)} tensors missing): transformers converts this model's files "
             "as it reads them, which merging does not; merge the adapter with PEFT's merge_and_unload"
         )
     return model.eval()
+
+
+def _offload(folder: Path) -> Path:
+    """Where transformers puts the part of a model that has no place in memory; it is read at every forward."""
+    return folder.with_name(f"{folder.name}.offload")
 
 
 def free_memory() -> None:

@@ -26,11 +26,12 @@ from qlora_lightning.verify.step import Outside, Step, compute_step
 
 FP32 = 1e-5
 """Relative difference that fp32 may make: 1e-7 a value, summed up over some thousands of products and some dozens of layers."""
-BF16_GRADIENT, BF16_LOSS = (2**-8, 0.05), (1e-3, 0.01)
+BF16_GRADIENT, BF16_LOSS = (2**-8, 0.2), (1e-3, 0.01)
 """Least and greatest tolerance in bf16, whatever is measured. One rounding to 8 bits, or for losses what tests hold bf16 to against exact
-ones; and what no rounding explains."""
+ones; and what no rounding explains. (Four layers of random weights at 7B's width are 0.03 off the exact gradient, by any kernels.)"""
 BF16_PATHS = 0.0283
 """Of two bf16 gradients by other kernels, each at a cosine of 0.9999 to the exact one (0.0141 off), as tests hold them to."""
+_JITTER = 2**-8  # one rounding to 8 bits
 _REORDERINGS = 2
 _ALL = 2**62  # bytes: more than there can be, so that a runner gives up its graphs
 
@@ -144,7 +145,7 @@ class Subject:
     def through(self, runner: Runner | None) -> Iterator[None]:
         """Train through this runner, None for transformers' blocks; memory that graphs hold is freed before and after.
 
-        The runner goes on living in a hook of the model, so that what a step without memory may have left in it is dropped, too.
+        What a step without memory may have left in the runner is dropped, too.
         """
         own = self.runner
         for one in (own, runner):
@@ -158,6 +159,18 @@ class Subject:
             if runner is not None:
                 runner.give_up_graphs(_ALL)
                 runner._places.clear()
+
+    @contextmanager
+    def eagerly(self) -> Iterator[None]:
+        """Through the fused path without its graphs; afterwards each shape is captured when it comes again."""
+        runner = self.runner
+        assert runner is not None
+        runner.give_up_graphs(_ALL)
+        captures, runner._captures = runner._captures, False
+        try:
+            yield
+        finally:
+            runner._captures = captures
 
     @contextmanager
     def checkpointing(self, mode: GradientCheckpointing) -> Iterator[None]:
@@ -190,11 +203,16 @@ class Subject:
         return self._bound(0, BF16_GRADIENT)
 
     @property
-    def kernels_bound(self) -> Bound:
-        """For gradients that other kernels compute, which round at other places."""
+    def kernels_bounds(self) -> tuple[Bound, Bound]:
+        """For gradients and losses that other kernels compute, which round at other places."""
         if self.module.dtype_of_compute == torch.float32:
-            return self.gradient_bound
-        return max(self.gradient_bound, Bound(BF16_PATHS, "bf16, both within 1.4 % of exact"), key=lambda one: one.value)
+            return self.gradient_bound, self.loss_bound
+        measured = [
+            Bound(min(2 * noise, greatest), f"2 x {noise:.1e} by roundings that differ")
+            for noise, (_, greatest) in zip(self.jitter, (BF16_GRADIENT, BF16_LOSS), strict=True)
+        ]
+        gradient = (self.gradient_bound, Bound(BF16_PATHS, "bf16, both within 1.4 % of exact"), measured[0])
+        return max(gradient, key=lambda one: one.value), max(self.loss_bound, measured[1], key=lambda one: one.value)
 
     @property
     def loss_bound(self) -> Bound:
@@ -225,6 +243,32 @@ class Subject:
             max(relative(one.gradient, first.gradient) for one in others),
             max(relative_loss(one.loss, first.loss) for one in others),
         )
+
+    @cached_property
+    def jitter(self) -> tuple[float, float]:
+        """How far gradient and loss move when the adapter's values are a rounding off, in bf16, relative.
+
+        That is next to nothing by itself, but numbers behind it then round otherwise, and in the end nearly all: as with other kernels,
+        and as no reordering of rows shows.
+        """
+        step = self.steps[0]
+        with self.without_dropout(), self.showing("rounding", 2):
+            plain = self._summed(step, self.accumulate)
+            with self._jittered():
+                other = self._summed(step, self.accumulate)
+        return relative(other.gradient, plain.gradient), relative_loss(other.loss, plain.loss)
+
+    @contextmanager
+    def _jittered(self) -> Iterator[None]:
+        """Every value of the adapter off by at most one rounding."""
+        values = self.module.flat.parameter.data
+        before = values.clone()
+        noise = torch.rand(values.shape, generator=torch.Generator().manual_seed(0))
+        values.mul_(noise.mul_(2).sub_(1).mul_(_JITTER).add_(1).to(values.device))
+        try:
+            yield
+        finally:
+            values.copy_(before)
 
     def _summed(self, order: Sequence[int], count: int) -> Step:
         """Loss and gradient of the rows in this order, in parts of equally many rows."""
