@@ -84,7 +84,6 @@ class Runner:
         self._pool: Any = None
         self._pool_bytes = 0
         self._ticket = 0
-        self._bound_by_host = lambda tokens: tokens * decoder.blocks[0].parameters < LAUNCHED_IN_TIME
         self._dropout = any(block.qkv.dropout for block in decoder.blocks)
 
     def cross_entropy_sum(self, batch: dict[str, Any]) -> Tensor:
