@@ -89,7 +89,7 @@ class LinearGroup:
     @property
     def width(self) -> int:
         """I + P: columns of the input with LoRA's behind it."""
-        return self.features + -(-self.ranks // PAD) * PAD
+        return width(self.features, self.ranks)
 
     def masks(self, seed: Tensor, first_token: int = 0) -> Dropout | None:
         """The dropout of this microbatch."""
@@ -165,6 +165,11 @@ class Linear:
     def through_swiglu(self, dcat: Tensor, gate_up_N2f: Tensor, first_token: int = 0) -> None:
         """As ``through_lora`` for down_proj, on to gate and up: ``gate_up_N2f`` becomes its gradient."""
         self.kernels.lora_backward_swiglu(dcat, gate_up_N2f, self.a, self.group.masks(self.seed, first_token), self.group.a.grad)
+
+
+def width(features: int, ranks: int) -> int:
+    """I + P: columns of the weights of linear layers with the same input, those of LoRA behind them and rounded up."""
+    return features + -(-ranks // PAD) * PAD
 
 
 def expand(group: LinearGroup, kernels: ModuleType, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -111,13 +111,6 @@ class Planner:
         """Whether a microbatch fits with everything kept."""
         return self.needed(shape, [Rung.ALL] * self._layers, backend) <= self.budget.free
 
-    def spare(self, needed: int) -> int:
-        """Bytes that weights in 16 bits may take: half of what graphs and an eager microbatch leave, each of which needs ``needed``.
-
-        The other half is for what is not planned: validation, samples, other programs.
-        """
-        return max(0, self.budget.free - 2 * needed) // 2
-
     def hold(self, num_bytes: int) -> None:
         """Count so many bytes more (or, negative, less) as taken for good."""
         self._budget = replace(self.budget, held=self.budget.held + num_bytes)
