@@ -37,7 +37,8 @@ from qlora_lightning.fused.decoder import Decoder, Forward, Tokens
 from qlora_lightning.fused.family import fuse
 from qlora_lightning.fused.offload import HostInputs
 from qlora_lightning.fused.rungs import Rung
-from qlora_lightning.fused.runner import Runner, fused_runner
+from qlora_lightning.fused.runner import Runner
+from qlora_lightning.fused.start import fused_runner
 from qlora_lightning.kernels import reference
 from qlora_lightning.modeling.adapters import LoRASpec, attach_lora, norms_to_fp32
 from qlora_lightning.modeling.flat import FlatAdapter

@@ -157,7 +157,12 @@ class _Repeated(InstructionDataModule):
 
     def __init__(self, other: InstructionDataModule, microbatches: list[Microbatch], steps: int) -> None:
         vars(self).update(vars(other))
-        self._microbatches = microbatches * steps
+        self._microbatches, self._steps = microbatches * steps, steps
+
+    @property
+    def total_steps(self) -> int:
+        """Those that are taken, however few the rows would give: each step at or behind a run's last one is saved."""
+        return self._steps
 
     def train_dataloader(self) -> DataLoader[Any]:
         collator = Collator(filler_id(self.tokenizer), self.pad_to_multiple_of)
@@ -232,7 +237,7 @@ class _Watch(Callback):
         """Beside the plan for the same device."""
         plan = outlook.plans[0]
         frozen = sum(row.num_bytes for row in self._rows if not row.trainable)
-        peak = plan.allocated + plan.step.kept + plan.step.working
+        peak = plan.allocated + plan.step.kept + plan.step.working + plan.step.weights
         figures = [
             Figure("weights and constants", sum(plan.parts[part] for part in (LINEAR, CONSTANTS, OTHERS)), frozen),
             Figure("adapter", plan.parts[ADAPTER], self._flat[0]),

@@ -24,7 +24,8 @@ from qlora_lightning.console import console, say
 from qlora_lightning.data.dataset import IGNORED
 from qlora_lightning.data.heldout import HeldoutSums, heldout_metrics, heldout_names
 from qlora_lightning.errors import UserError
-from qlora_lightning.fused.runner import Runner, fused_runner
+from qlora_lightning.fused.runner import Runner
+from qlora_lightning.fused.start import fused_runner
 from qlora_lightning.generation import Assistant, GenerationSpec
 from qlora_lightning.manifest import check_manifest, environment, fit_manifest, model_manifest
 from qlora_lightning.modeling.adapters import LoRASpec, adapter_metadata, attach_lora, check_adapter_shapes, load_adapter, norms_to_fp32

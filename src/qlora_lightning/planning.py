@@ -201,6 +201,8 @@ def _memory_table(plan: MemoryPlan) -> Table:
     steps = [plan.steps.get(mode) for mode in MODES]
     table.add_row("kept by blocks for backward", *(_gib(step.kept) if step else "-" for step in steps))
     table.add_row("logits and other work", *(_gib(step.working) if step else "-" for step in steps))
+    if any(step.weights for step in steps if step):
+        table.add_row("weights kept in 16 bits", *(_gib(step.weights) if step else "-" for step in steps))
     table.add_row("peak", *(_gib(step.peak) if step else "-" for step in steps))
     table.add_row(f"fits {_usable(plan) / GIB:.1f}", *("no" if step is None or not step.fits else "yes" for step in steps))
     table.caption, table.caption_justify = escape(_caption(plan)), "left"

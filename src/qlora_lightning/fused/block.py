@@ -6,6 +6,7 @@ A block hands on ``x2`` and down_proj's output apart: the next norm adds them in
 weight is ever computed. Shapes: N tokens, d hidden, f intermediate size; ``cat`` as in ``kernels/reference.py``.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
 
@@ -39,9 +40,14 @@ class Pass:
     dtype: torch.dtype
     linear: type[Linear] = Linear
     """How products with frozen weights are computed."""
+    expanded: Mapping[int, Tensor] = field(default_factory=dict)
+    """Weights that are kept in ``dtype``, by their group's ``stream``."""
 
     def at_work(self, group: LinearGroup) -> Linear:
         """A group with its weights in the dtype of the products."""
+        kept = self.expanded.get(group.stream)
+        if kept is not None:
+            return Linear(group, self.kernels, self.seed, self.dtype, kept)
         return self.linear(group, self.kernels, self.seed, self.dtype)
 
 
@@ -110,6 +116,11 @@ class Block:
     def groups(self) -> tuple[LinearGroup, ...]:
         """All its linear layers."""
         return self.qkv, self.out, self.gate_up, self.down
+
+    @property
+    def parameters(self) -> int:
+        """Frozen weights of its linear layers."""
+        return sum(group.outputs * group.features for group in self.groups)
 
     @property
     def shape(self) -> BlockShape:

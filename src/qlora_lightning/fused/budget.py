@@ -36,6 +36,14 @@ class Budget:
         return int(self.total * (1 - MARGIN)) - self.held
 
 
+def left_for_weights(budget: Budget, needed: int) -> int:
+    """Bytes that weights in 16 bits may take: half of what graphs and an eager microbatch leave, each of which needs ``needed``.
+
+    The other half is for what is not planned: validation, samples, other programs.
+    """
+    return max(0, budget.free - 2 * needed) // 2
+
+
 def working_bytes(block: BlockShape, tokens: int, rungs: Sequence[Rung], vocabulary: int) -> int:
     """Bytes that a step needs for a moment, at its fullest, beside what blocks keep: in 16 bits.
 

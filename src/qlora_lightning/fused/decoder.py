@@ -4,14 +4,14 @@ Shapes: N tokens of a microbatch, P scored positions, d hidden size, V vocabular
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from qlora_lightning.fused.block import Block, Kept, Pass
-from qlora_lightning.fused.linear import Linear
+from qlora_lightning.fused.linear import Linear, expand
 from qlora_lightning.fused.offload import HostInputs
 from qlora_lightning.fused.rungs import Rung
 from qlora_lightning.kernels.attention import Backend, Layout, choose_backend
@@ -79,6 +79,7 @@ class Decoder:
         name: of the family, for the log.
         linear: how products with frozen weights are computed.
         reproducible: two runs are equal bit for bit.
+        expanded: weights that stay in the dtype of the products, by their group's ``stream``: those of ``expand``.
     """
 
     kernels: ModuleType
@@ -92,6 +93,7 @@ class Decoder:
     name: str
     linear: type[Linear] = Linear
     reproducible: bool = True
+    expanded: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def heads(self) -> Heads:
@@ -103,6 +105,24 @@ class Decoder:
         windows = [block.window for block in self.blocks if block.window is not None]
         return choose_backend(self.embedding.device, layout, self.heads, min(windows, default=None), self.reproducible)
 
+    @property
+    def expanded_bytes(self) -> int:
+        """Of one block whose weights stay in the dtype of the products; 0 where they cannot."""
+        width = self.embedding.element_size() if self.linear is Linear else 0
+        return sum(group.outputs * group.width for group in self.blocks[0].groups) * width
+
+    def expand(self, count: int) -> None:
+        """Keep the weights of the first ``count`` blocks in the dtype of the products, so that no pass dequantises them again."""
+        for block in self.blocks[:count]:
+            for group in block.groups:
+                self.expanded[group.stream] = expand(group, self.kernels, self.embedding.dtype, self.embedding.device)
+
+    def shrink(self) -> int:
+        """Keep none of them any longer; the bytes that they took."""
+        freed = sum(weight.nbytes for weight in self.expanded.values())
+        self.expanded.clear()
+        return freed
+
     def forward(self, tokens: Tokens, rungs: Sequence[Rung], host: HostInputs | None = None) -> Forward:
         """Losses of the scored positions, and what ``backward`` needs.
 
@@ -113,7 +133,9 @@ class Decoder:
         """
         backend = self.backend(tokens.layout)
         dtype = self.embedding.dtype
-        run = Pass(self.kernels, tokens.layout, backend, self.cos, self.sin, tokens.positions, tokens.seed, dtype, self.linear)
+        run = Pass(
+            self.kernels, tokens.layout, backend, self.cos, self.sin, tokens.positions, tokens.seed, dtype, self.linear, self.expanded
+        )
         x, delta = self.embedding[tokens.ids], None
         kept = []
         for number, (block, rung) in enumerate(zip(self.blocks, rungs, strict=True)):

@@ -1,14 +1,18 @@
 """Whether the fused path will take a model, and the sizes that its memory follows from, before the weights are there."""
 
+from collections.abc import Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 from peft import PeftModel
 
 from qlora_lightning.fused.family import NotFused, check_config, check_head, check_linear
+from qlora_lightning.fused.linear import width
 from qlora_lightning.fused.rungs import BlockShape
-from qlora_lightning.fused.runner import rope_positions
+from qlora_lightning.fused.start import rope_positions
 
-_LAYERS = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
+_GROUPS = {"self_attn": (("q_proj", "k_proj", "v_proj"), ("o_proj",)), "mlp": (("gate_proj", "up_proj"), ("down_proj",))}
+"""Layers that have their input in common."""
 
 
 class FusedShape(NamedTuple):
@@ -20,6 +24,8 @@ class FusedShape(NamedTuple):
     """Rows of the head."""
     tables: int
     """Bytes of RoPE's cosines and sines."""
+    expanded: int
+    """Bytes of a block's weights in 16 bits."""
 
 
 def fused_shape(model: PeftModel) -> FusedShape:
@@ -32,8 +38,8 @@ def fused_shape(model: PeftModel) -> FusedShape:
     check_config(base.config)
     adapted = 0
     for layer in base.model.layers:
-        for part, names in _LAYERS.items():
-            for name in names:
+        for part, groups in _GROUPS.items():
+            for name in chain.from_iterable(groups):
                 linear = getattr(getattr(layer, part), name)
                 check_linear(linear)
                 adapted += sum(parameter.numel() for parameter in linear.parameters() if parameter.requires_grad)
@@ -52,4 +58,12 @@ def fused_shape(model: PeftModel) -> FusedShape:
         head_norms=hasattr(attention, "q_norm"),
     )
     tables = 2 * rope_positions(base.config) * attention.head_dim // 2 * 4
-    return FusedShape(block, len(base.model.layers), base.lm_head.out_features, tables)
+    expanded = sum(_expanded(getattr(base.model.layers[0], part), names) for part, groups in _GROUPS.items() for names in groups)
+    return FusedShape(block, len(base.model.layers), base.lm_head.out_features, tables, expanded)
+
+
+def _expanded(part: Any, names: Sequence[str]) -> int:
+    """Bytes of a group's weights in 16 bits, with the columns for LoRA's."""
+    linears = [getattr(part, name) for name in names]
+    columns = width(linears[0].in_features, sum(next(iter(linear.r.values())) for linear in linears))
+    return 2 * columns * sum(linear.out_features for linear in linears)

@@ -89,7 +89,7 @@ class LinearGroup:
     @property
     def width(self) -> int:
         """I + P: columns of the input with LoRA's behind it."""
-        return self.features + -(-self.ranks // PAD) * PAD
+        return width(self.features, self.ranks)
 
     def masks(self, seed: Tensor, first_token: int = 0) -> Dropout | None:
         """The dropout of this microbatch."""
@@ -104,12 +104,12 @@ class Linear:
         kernels: ``kernels.reference`` or ``kernels.triton_ops``.
         seed: the microbatch's, [1] int64.
         dtype: of the products.
+        expanded: the weights in that dtype, where they were kept: ``expand`` made them.
     """
 
-    def __init__(self, group: LinearGroup, kernels: ModuleType, seed: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, group: LinearGroup, kernels: ModuleType, seed: Tensor, dtype: torch.dtype, expanded: Tensor | None = None) -> None:
         self.group, self.kernels, self.seed, self.dtype = group, kernels, seed, dtype
-        self.weight = torch.empty(group.outputs, group.width, dtype=dtype, device=seed.device)
-        kernels.dequantize(group.weights, self.weight[:, : group.features])
+        self.weight = expand(group, kernels, dtype, seed.device) if expanded is None else expanded
         kernels.place_lora_b(group.b.data, group.sizes, group.scale, self.weight[:, group.features :])
         self.a = group.a.data.to(dtype)
 
@@ -165,3 +165,15 @@ class Linear:
     def through_swiglu(self, dcat: Tensor, gate_up_N2f: Tensor, first_token: int = 0) -> None:
         """As ``through_lora`` for down_proj, on to gate and up: ``gate_up_N2f`` becomes its gradient."""
         self.kernels.lora_backward_swiglu(dcat, gate_up_N2f, self.a, self.group.masks(self.seed, first_token), self.group.a.grad)
+
+
+def width(features: int, ranks: int) -> int:
+    """I + P: columns of the weights of linear layers with the same input, those of LoRA behind them and rounded up."""
+    return features + -(-ranks // PAD) * PAD
+
+
+def expand(group: LinearGroup, kernels: ModuleType, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[O, I + P]: the frozen weights in ``dtype``; the columns behind them are for scale * B, and still unwritten."""
+    weight = torch.empty(group.outputs, group.width, dtype=dtype, device=device)
+    kernels.dequantize(group.weights, weight[:, : group.features])
+    return weight

@@ -62,6 +62,11 @@ class Planner:
         assert self._budget is not None
         return self._budget
 
+    @property
+    def plans(self) -> bool:
+        """Whether what is kept follows from the memory that there is."""
+        return self._policy.gradient_checkpointing == "auto" and self._device.type == "cuda"
+
     def start(self) -> None:
         """Measure what there is, as the first microbatch comes: everything is in place but the optimizer's state."""
         if self._budget is None and self._device.type == "cuda":
@@ -85,7 +90,7 @@ class Planner:
             UserError: it does not fit.
         """
         mode = self._policy.gradient_checkpointing
-        if mode != "auto" or self._device.type == "cpu":
+        if not self.plans:
             return [Rung.INPUT if mode == "full" else Rung.ALL] * self._layers
         rungs = self._fitting(shape, backend)
         peak = self.budget.held + self.needed(shape, rungs, backend)
@@ -101,6 +106,14 @@ class Planner:
             self._budget, self._paged_out = budget, True
             say("The optimizer's state does not fit beside a microbatch: it waits in host memory, which takes time at each update")
         return rungs
+
+    def keeps_all(self, shape: Shape, backend: Backend) -> bool:
+        """Whether a microbatch fits with everything kept."""
+        return self.needed(shape, [Rung.ALL] * self._layers, backend) <= self.budget.free
+
+    def hold(self, num_bytes: int) -> None:
+        """Count so many bytes more (or, negative, less) as taken for good."""
+        self._budget = replace(self.budget, held=self.budget.held + num_bytes)
 
     def needed(self, shape: Shape, rungs: list[Rung], backend: Backend) -> int:
         """Bytes that a microbatch takes for its time."""

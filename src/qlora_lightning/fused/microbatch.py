@@ -12,8 +12,8 @@ from qlora_lightning.kernels.reference import IGNORED
 
 LENGTH_STEP = 64
 """Rows are as long as a multiple of this: 8 lengths up to 512 tokens."""
-PACKED_STEP = 256
-"""Tokens without padding come in multiples of this."""
+PACKED_STEP = 128
+"""Tokens without padding come in multiples of this, which products' tiles have as rows."""
 SEQUENCES_STEP = 16
 LONGEST_STEP = 512
 """The longest sequence is only a bound, which costs attention next to nothing: few values make few shapes."""

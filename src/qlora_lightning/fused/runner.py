@@ -1,44 +1,38 @@
 """The fused path of a run: a microbatch in, its loss with a gradient out, through captured graphs where shapes come again.
 
 A shape's first microbatch runs eagerly, which compiles the kernels and measures memory; its second is captured as two CUDA graphs, one
-of the forward and one of the backward, and every one after that is two launches. All graphs share one memory pool: they run one after
-another, and backward follows its own forward. That memory serves nothing else: where it is short, the graphs are given up before a new
-shape runs eagerly and before transformers' own blocks run (validation, samples), and captured again when their shapes come.
+of the forward and one of the backward, and every one after that is two launches. Shapes so large that the host launches kernels faster
+than the GPU runs them stay eager. All graphs share one memory pool: they run one after another, and backward follows its own forward.
+That memory serves nothing else: where it is short, the graphs are given up before a new shape runs eagerly and before transformers' own
+blocks run (validation, samples), and captured again when their shapes come. Where memory is plentiful, frozen weights stay in 16 bits.
 """
 
-import importlib
-import importlib.util
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from types import ModuleType
 from typing import Any
-from weakref import ref
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 
 from qlora_lightning.console import say
 from qlora_lightning.errors import UserError
+from qlora_lightning.fused.budget import GIB, left_for_weights
 from qlora_lightning.fused.decoder import Decoder, Forward, Tokens
-from qlora_lightning.fused.family import NotFused, fuse
-from qlora_lightning.fused.fp8 import in_fp8
 from qlora_lightning.fused.memory import OptimizerState, Planner
-from qlora_lightning.fused.microbatch import PACKED_STEP, Shape, empty_tokens, fill, shape_of
+from qlora_lightning.fused.microbatch import Shape, empty_tokens, fill, shape_of
 from qlora_lightning.fused.offload import HostInputs
 from qlora_lightning.fused.rungs import Rung
 from qlora_lightning.kernels.attention import Backend, describe
 from qlora_lightning.modeling.flat import FlatAdapter
-from qlora_lightning.modeling.loading import FP8_SAID
-from qlora_lightning.modeling.positions import positions_of
 from qlora_lightning.strategies.policy import MemoryPolicy
 
-LEAST_POSITIONS = 4096
-"""Rows of RoPE's table at least: padding counts positions too, and some models do not say how many they have."""
 GRAPHS = 48
 """Shapes that get graphs at most; each takes some MiB of launch parameters."""
+LAUNCHED_IN_TIME = 0.8e12
+"""Tokens times a block's weights from which a GPU takes longer for a block than the host to launch its kernels: a graph is no faster, and
+shapes of real lengths are many. At 7B, where these are 4,000 tokens, eager steps took 1 % longer, at half of them 3 % (H200)."""
 
 
 @dataclass
@@ -109,8 +103,10 @@ class Runner:
         place = self._place(shape)
         seed = int(torch.randint(2**62, ()).item()) if self._dropout else 0  # of the CPU's generator: saved and restored with a run
         fill(place.tokens, shape, batch, seed)
-        if self._captures and place.ran and place.graphs is None and len(self._captured()) < GRAPHS:
-            self._try_capture(place, shape)
+        if place.ran:
+            self._expand()
+            if self._to_be_captured(place, shape):
+                self._try_capture(place, shape)
         run_eagerly = place.graphs is None and self.device.type == "cuda"
         if run_eagerly:
             self.give_up_graphs(self.planner.needed(shape, place.rungs, place.backend))
@@ -135,11 +131,15 @@ class Runner:
         if shape not in self._places:
             tokens = empty_tokens(shape, self.device)
             backend = self.decoder.backend(tokens.layout)
+            if self.decoder.expanded and not self.planner.keeps_all(shape, backend):
+                self._drop_graphs()  # and the weights in 16 bits: activations that are kept save more
             self._places[shape] = Place(tokens, backend, self.planner.plan(shape, backend))
         return self._places[shape]
 
     def _plan_again(self) -> None:
         """For shapes that have no graphs yet. One that has run and fits no longer, margin counted, goes on as it did."""
+        if self.decoder.expanded and not all(self.planner.keeps_all(shape, place.backend) for shape, place in self._places.items()):
+            self._drop_graphs()
         for shape, place in self._places.items():
             if place.graphs is None:
                 with suppress(UserError):
@@ -173,18 +173,34 @@ class Runner:
         embedding = self.decoder.embedding
         return HostInputs(len(self.decoder.blocks), embedding.shape[1], embedding.dtype, self.device)
 
-    # ---- graphs ----
+    # ---- what stays from microbatch to microbatch ----
+
+    def _expand(self) -> None:
+        """Keep weights in 16 bits where memory is left over, before any graph holds the address of others."""
+        each = self.decoder.expanded_bytes
+        if not self.planner.plans or self.decoder.expanded or self._pool is not None or not each:
+            return
+        needed = max(self.planner.needed(shape, place.rungs, place.backend) for shape, place in self._places.items())
+        blocks = len(self.decoder.blocks)
+        if count := min(blocks, left_for_weights(self.planner.budget, needed) // each):
+            self.decoder.expand(count)
+            self.planner.hold(count * each)
+            say(f"Weights of {count} of {blocks} blocks stay in 16 bits, {count * each / GIB:.1f} GiB that would be left over")
+
+    def _to_be_captured(self, place: Place, shape: Shape) -> bool:
+        launched_in_time = shape.tokens * self.decoder.blocks[0].parameters >= LAUNCHED_IN_TIME
+        return self._captures and place.graphs is None and not launched_in_time and len(self._captured()) < GRAPHS
 
     def _captured(self) -> list[Place]:
         return [place for place in self._places.values() if place.graphs is not None]
 
     def give_up_graphs(self, wanted: int | None = None) -> None:
-        """Free the graphs' memory where others are about to need it.
+        """Free the memory of graphs, and of weights in 16 bits, where others are about to need it.
 
         Args:
             wanted: bytes that will be taken beside it; None where that is not known, and as much again must be left.
         """
-        if self._pool is None:
+        if self._pool is None and not self.decoder.expanded:
             return
         if self.planner.budget.free - self._pool_bytes < (self._pool_bytes if wanted is None else wanted):
             self._drop_graphs()
@@ -193,7 +209,9 @@ class Runner:
         torch.cuda.synchronize(self.device)  # one may be running
         for place in self._captured():
             place.graphs = None
-        self._pool = None
+        self._pool, self._pool_bytes = None, 0
+        if self.decoder.expanded:
+            self.planner.hold(-self.decoder.shrink())
         torch.cuda.empty_cache()
 
     def _try_capture(self, place: Place, shape: Shape) -> None:
@@ -237,68 +255,3 @@ class _Loss(torch.autograd.Function):
         """Add the adapter's gradients."""
         ctx.run_backward(gradients[0])
         return None, None, None
-
-
-def fused_runner(
-    model: PeftModel,
-    flat: FlatAdapter,
-    policy: MemoryPolicy,
-    device: torch.device,
-    dtype: torch.dtype,
-    fp8: bool = False,
-    reproducible: bool = True,
-) -> Runner | None:
-    """The fused path of a run, or None where the device or the model needs transformers' own; both are said.
-
-    Args:
-        model: a 4-bit base with LoRA on ``device``.
-        flat: its adapter.
-        policy: of memory.
-        device: where the run trains.
-        dtype: of the products.
-        fp8: compute those with frozen weights in e4m3.
-        reproducible: two runs must be equal bit for bit.
-
-    Raises:
-        UserError: ``fp8`` is wanted of a model that the fused path does not know.
-    """
-    if device.type != "cuda":
-        return None  # a CPU has no kernels to fuse for, and nobody expects it to
-    if dtype != torch.bfloat16:
-        say(f"Fused path: off, since it computes in bf16, not {str(dtype).removeprefix('torch.')}")
-        return None
-    base: Any = model.get_base_model()
-    try:
-        decoder = replace(fuse(model, flat, _triton_kernels(), dtype, rope_positions(base.config)), reproducible=reproducible)
-        if fp8:
-            decoder = in_fp8(decoder)
-    except NotFused as reason:
-        if fp8:
-            raise UserError(f"model.compute: fp8 cannot train this model ({reason}); set model.compute: bf16") from reason
-        say(f"Fused path: off ({reason}); training through transformers' blocks")
-        return None
-    say(f"Fused path: {decoder.name} blocks by hand, shapes that come again as CUDA graphs")
-    if fp8:
-        say(f"Compute: {FP8_SAID}")
-    runner = Runner(decoder, flat, policy, state_bytes=2 * flat.parameter.numel() * policy.optimizer_bits // 8, graphs=True)
-    known = ref(runner)  # the base may outlive its runner, with the memory of its graphs
-    base.model.register_forward_pre_hook(lambda *_: give_way(known()))  # validation, samples and the like
-    return runner
-
-
-def rope_positions(config: Any) -> int:
-    """Rows of RoPE's table for a model of this configuration."""
-    return max(positions_of(config) or 0, LEAST_POSITIONS) + PACKED_STEP
-
-
-def give_way(runner: Runner | None) -> None:
-    """Free the memory of a runner's graphs where that is short; None is one that has gone."""
-    if runner is not None:
-        runner.give_up_graphs()
-
-
-def _triton_kernels() -> ModuleType:
-    """Triton comes with torch's builds for CUDA on Linux only."""
-    if importlib.util.find_spec("triton") is None:
-        raise NotFused("Triton is not installed")
-    return importlib.import_module("qlora_lightning.kernels.triton_ops")

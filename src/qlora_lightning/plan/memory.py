@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 
 from qlora_lightning.errors import UserError
-from qlora_lightning.fused.budget import Budget, describe_rungs, kept_bytes, planned_bytes
+from qlora_lightning.fused.budget import Budget, describe_rungs, kept_bytes, left_for_weights, planned_bytes
 from qlora_lightning.fused.family import NotFused
 from qlora_lightning.fused.foresight import FusedShape, fused_shape
 from qlora_lightning.fused.memory import block_under, budget_within, fitting_rungs
@@ -52,6 +52,8 @@ class Step:
     """Of each block, on the fused path."""
     paged_out: bool = False
     """Whether the optimizer's state must wait in host memory."""
+    weights: int = 0
+    """Bytes of weights that stay in 16 bits, being left over."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,8 @@ class Forecast:
         if self.dtype(cuda) != torch.bfloat16:
             return f"the fused path computes in bf16, not {str(self.dtype(cuda)).removeprefix('torch.')}"
         try:
-            return fused_shape(self.model(cuda))
+            fused = fused_shape(self.model(cuda))
+            return fused._replace(expanded=0) if self._module.compute == "fp8" else fused
         except NotFused as reason:
             return str(reason)
 
@@ -235,11 +238,19 @@ def _fused_steps(fused: FusedShape, longest: Longest, budget: Budget, movable: i
     steps = {"none": step([Rung.ALL] * fused.layers, budget)}
     try:
         rungs, within = fitting_rungs(block, fused.layers, shape, fused.vocabulary, budget, movable)
-        steps["auto"] = step(rungs, within)
+        auto = step(rungs, within)
+        weights = _left_weights(fused, within, auto) if set(rungs) == {Rung.ALL} else 0
+        steps["auto"] = replace(auto, weights=weights, peak=auto.peak + weights)
     except UserError:
         pass  # not even the last rung has room: that one is shown
     steps["full"] = step([Rung.INPUT] * fused.layers, budget)
     return steps  # type: ignore[return-value]
+
+
+def _left_weights(fused: FusedShape, budget: Budget, step: Step) -> int:
+    """Bytes of the weights that the runner will keep in 16 bits."""
+    left = left_for_weights(budget, step.kept + step.working)
+    return fused.expanded * min(fused.layers, left // fused.expanded) if fused.expanded else 0
 
 
 def _walked_step(walked: Walked, budget: Budget, movable: int, blocks: str) -> Step:

@@ -197,6 +197,7 @@ def _step(step: Step) -> dict[str, Any]:
     return {
         "kept": step.kept,
         "working": step.working,
+        "weights_in_16_bits": step.weights,
         "peak": step.peak,
         "fits": step.fits,
         "blocks": step.blocks,

@@ -15,7 +15,8 @@ from qlora_lightning.data.collate import Batch, Collator
 from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.data.steps import Microbatch, StepDataset, StepShape, microbatches_of, plan_epoch
 from qlora_lightning.evaluation.counting import counting
-from qlora_lightning.fused.runner import Runner, fused_runner
+from qlora_lightning.fused.runner import Runner
+from qlora_lightning.fused.start import fused_runner
 from qlora_lightning.modeling.checkpointing import apply_gradient_checkpointing
 from qlora_lightning.modeling.tokenizer import filler_id
 from qlora_lightning.module import QLoRAModule
