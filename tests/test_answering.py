@@ -360,7 +360,7 @@ def test_ranks_of_predict_write_one_file(tmp_path: Path, capsys: pytest.CaptureF
     for rank, trainer in zip(ranks, trainers, strict=True):
         rank.on_predict_start(trainer, module)
     for rank, number in ((1, 1), (0, 0), (0, 2), (1, 3), (0, 4)):
-        ranks[rank].write_on_batch_end(trainers[rank], module, [Answer(f"a{number}", 1, "stop")], [number], None, 0, 0)
+        ranks[rank].write_on_batch_end(trainers[rank], module, [Answer(f"a{number}", 1, "stop")], None, {"numbers": [number]}, 0, 0)
     for rank in (1, 0):
         ranks[rank].on_predict_end(trainers[rank], module)
     assert [(row["prompt"], row["generation"], row["reference"]) for row in rows_of(tmp_path / "predictions.jsonl")] == [

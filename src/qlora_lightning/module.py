@@ -223,9 +223,8 @@ class QLoRAModule(LightningModule):
         end = StepEnd(self.trainer.strategy, self.flat, self._step_loss, self.told)
         self.grad_norm, self.heard, self._step_loss = end.grad_norm, end.heard, torch.zeros(())
         self.log_dict({"train/loss": end.loss, "train/grad_norm": end.grad_norm, "train/learning_rate": optimizer.param_groups[0]["lr"]})
-        loss, norm = end.numbers
-        if not math.isfinite(loss + norm):  # weights and optimizer state never see it
-            self.on_nonfinite(loss, norm)
+        if not math.isfinite(sum(end.numbers)):  # weights and optimizer state never see it
+            self.on_nonfinite(*end.numbers)
             self.flat.withhold()
 
     def configure_gradient_clipping(

@@ -17,6 +17,7 @@ from forking import SECONDS, Start
 from running import read_metrics
 
 from qlora_lightning.module import QLoRAModule
+from qlora_lightning.rollcall import BEAT_SECONDS
 
 STEP = 4
 """The step in which a fault is planted; step 3 is saved."""
@@ -35,7 +36,11 @@ def in_step(rank: int, fault: Callable[[QLoRAModule], Any]) -> None:
 
 
 def killed(rank: int) -> None:
-    in_step(rank, lambda _: os.kill(os.getpid(), signal.SIGKILL))
+    def kill(_: QLoRAModule) -> None:
+        time.sleep(3 * BEAT_SECONDS)  # steps of this model are shorter than the time between two signs of life
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    in_step(rank, kill)
 
 
 def out_of_memory(rank: int) -> None:

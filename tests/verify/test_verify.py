@@ -21,6 +21,7 @@ from qlora_lightning.data import steps, tokenize
 from qlora_lightning.data.collate import Collator
 from qlora_lightning.fused import runner
 from qlora_lightning.fused.budget import GIB, Budget
+from qlora_lightning.fused.family import fuse
 from qlora_lightning.kernels import reference
 from qlora_lightning.modeling import adapters
 from qlora_lightning.modeling.flat import FlatAdapter
@@ -225,7 +226,7 @@ def fused_on_cpu(patch: Patch, fault: float) -> None:
     """Let training take the fused path, and what stands for its graphs give gradients that are too large by ``fault``."""
 
     def make(model: Any, flat: FlatAdapter, policy: Any, device: torch.device, dtype: torch.dtype, *_: Any) -> runner.Runner:
-        made = runner.Runner(runner.fuse(model, flat, reference, dtype, 4096), flat, policy, state_bytes=0, graphs=True)
+        made = runner.Runner(fuse(model, flat, reference, dtype, 4096), flat, policy, state_bytes=0, graphs=True)
         made.planner._budget = Budget(24 * GIB, 4 * GIB)
         return made
 
@@ -305,8 +306,8 @@ def test_a_sound_setup_passes_on_the_fused_path(verify: Verify) -> None:
 @pytest.mark.gpu
 @needs_gpu
 def test_another_norm_in_the_fused_path_fails_the_fused_check(verify: Verify, monkeypatch: Patch) -> None:
-    right = runner.fuse
-    monkeypatch.setattr(runner, "fuse", lambda *given: replace(decoder := right(*given), eps=decoder.eps + 0.1))
+    right = fuse
+    monkeypatch.setattr("qlora_lightning.fused.start.fuse", lambda *given: replace(decoder := right(*given), eps=decoder.eps + 0.1))
     assert verdicts(verify(*GPU)) == dict.fromkeys(IN_PROCESS, "passed") | {"fused": "failed"}
 
 

@@ -1,6 +1,6 @@
 """``strategy: qlora_fsdp2``: as ``qlora_ddp``, but the ranks divide the 4-bit base among them; for bases that one device does not hold.
 
-The adapter is a thousandth of the base, so it, its gradient and the optimizer's state stay whole on every rank, as under ``qlora_ddp``:
+The adapter is small beside the base, so it, its gradient and the optimizer's state stay whole on every rank, as under ``qlora_ddp``:
 one all-reduce a step, and checkpoints that every strategy reads. Lightning's ModelParallelStrategy divides what is trained as well, and
 saves it as DTensors; the fused gradient, the paged optimizer and the single-device checkpoint would all be lost by that. So this is the
 DDP strategy with ``fully_shard`` on frozen weights alone (``modeling/sharding.py``).
