@@ -111,6 +111,21 @@ def environment(device: torch.device) -> dict[str, str]:
     return {package: version(package) for package in _PACKAGES} | {"device": name}
 
 
+def saved_manifest(checkpoint: Mapping[str, Any]) -> dict[str, Plain]:
+    """The manifest in a checkpoint.
+
+    Raises:
+        UserError: it has none.
+    """
+    try:
+        manifest: dict[str, Plain] = checkpoint["qlora_lightning"]["manifest"]
+    except KeyError:
+        raise UserError(
+            "this checkpoint was not written by this version of qlora-lightning; start from the adapter folder beside it"
+        ) from None
+    return manifest
+
+
 def check_manifest(saved: Mapping[str, Plain], mine: Mapping[str, Plain], source: str) -> None:
     """Compare what ``mine`` names.
 

@@ -23,11 +23,10 @@ from qlora_lightning.answer_file import Answer
 from qlora_lightning.console import console, say
 from qlora_lightning.data.dataset import IGNORED
 from qlora_lightning.data.heldout import HeldoutSums, heldout_metrics, heldout_names
-from qlora_lightning.errors import UserError
 from qlora_lightning.fused.runner import Runner
 from qlora_lightning.fused.start import fused_runner
 from qlora_lightning.generation import Assistant, GenerationSpec
-from qlora_lightning.manifest import check_manifest, environment, fit_manifest, model_manifest
+from qlora_lightning.manifest import check_manifest, environment, fit_manifest, model_manifest, saved_manifest
 from qlora_lightning.modeling.adapters import LoRASpec, adapter_metadata, attach_lora, check_adapter_shapes, load_adapter, norms_to_fp32
 from qlora_lightning.modeling.checkpointing import apply_gradient_checkpointing
 from qlora_lightning.modeling.fingerprint import base_fingerprint
@@ -221,11 +220,15 @@ class QLoRAModule(LightningModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Add up what the ranks have computed; log the step's loss, its gradient's norm before clipping, and the rate that it uses."""
         end = StepEnd(self.trainer.strategy, self.flat, self._step_loss, self.told)
-        self.grad_norm, self.heard, self._step_loss = end.grad_norm, end.heard, torch.zeros(())
-        self.log_dict({"train/loss": end.loss, "train/grad_norm": end.grad_norm, "train/learning_rate": optimizer.param_groups[0]["lr"]})
-        if not math.isfinite(sum(end.numbers)):  # weights and optimizer state never see it
-            self.on_nonfinite(*end.numbers)
+        self.grad_norm, self.heard, (loss, norm), self._step_loss = end.grad_norm, end.heard, end.numbers, torch.zeros(())
+        self.log_numbers({"train/loss": loss, "train/grad_norm": norm, "train/learning_rate": optimizer.param_groups[0]["lr"]})
+        if not math.isfinite(loss + norm):  # weights and optimizer state never see it
+            self.on_nonfinite(loss, norm)
             self.flat.withhold()
+
+    def log_numbers(self, numbers: dict[str, float]) -> None:
+        """Log what the host knows. On a GPU, where Lightning would put them, each would be waited for behind the step's update."""
+        self.log_dict({name: torch.tensor(value) for name, value in numbers.items()})
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: int | float | None = None, gradient_clip_algorithm: str | None = None
@@ -299,12 +302,9 @@ class QLoRAModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another base, quantisation or adapter, for a fit of any other recipe; see ``manifest.py``."""
-        saved = checkpoint.get("qlora_lightning", {})
-        if "manifest" not in saved:
-            raise UserError("this checkpoint was not written by this version of qlora-lightning; start from the adapter folder beside it")
-        given, expected = (
-            {name: tuple(value.shape) for name, value in state.items()} for state in (checkpoint["state_dict"], self.state_dict())
-        )
+        saved = saved_manifest(checkpoint)
+        states = checkpoint["state_dict"], self.state_dict()
+        given, expected = ({name: tuple(value.shape) for name, value in state.items()} for state in states)
         check_adapter_shapes(given, expected, "the checkpoint")
         mine = fit_manifest(self, self.trainer) if self.trainer.state.fn == "fit" else model_manifest(self)
-        check_manifest(saved["manifest"], mine, "the checkpoint")
+        check_manifest(saved, mine, "the checkpoint")

@@ -21,12 +21,10 @@ class StepEnd:
         told: This rank's numbers, under the same names on every rank.
     """
 
-    loss: Tensor
-    """The step's, a scalar, fp32, on the device."""
     grad_norm: Tensor
-    """Norm of the step's gradient, a scalar."""
+    """Norm of the step's gradient, a scalar on the device."""
     numbers: tuple[float, float]
-    """Both as numbers. Every rank has the same, so whatever is decided by them is decided alike."""
+    """The step's loss and that norm. Every rank has the same, so whatever is decided by them is decided alike."""
     heard: list[dict[str, float]]
     """What each rank told, in order of ranks."""
 
@@ -37,7 +35,6 @@ class StepEnd:
         numbers = torch.tensor([*told.values()], dtype=torch.float64, device=flat.gradient.device)
         of_ranks = strategy.all_gather(torch.cat([loss.double().view(1), numbers])).view(-1, 1 + len(told))
         total = of_ranks[:, 0].sum()  # in the order of ranks, on every rank
-        self.loss = total.float()
         both = torch.stack([total, self.grad_norm.double()]).expand(len(of_ranks), 2)
         rows = torch.cat([both, of_ranks[:, 1:]], dim=1).tolist()  # once a step the host waits for the device: here
         self.numbers = rows[0][0], rows[0][1]

@@ -70,6 +70,19 @@ def test_a_small_shape_learns_nothing_from_the_peak_of_a_large_one(planner: Call
     assert plan.budget.correction == pytest.approx(1.1, abs=1e-3)
 
 
+def test_kernels_that_a_first_step_loads_count(planner: Callable[..., Planner], card: Card) -> None:
+    """Once: what the first update makes is the optimizer's state, which is planned for."""
+    plan = planner(gib=12)
+    plan.start()
+    held = plan.budget.held
+    card.elsewhere += 300 * 2**20
+    run(plan, card, SHORT, 0.95)
+    assert plan.budget.held == held + 300 * 2**20
+    card.elsewhere += GIB  # paged
+    run(plan, card, LONG, 1.1)
+    assert plan.budget.held == held + 300 * 2**20
+
+
 def test_what_ran_before_training_is_not_the_first_steps_peak(planner: Callable[..., Planner], card: Card) -> None:
     plan = planner()
     plan.start()

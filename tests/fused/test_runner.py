@@ -286,6 +286,18 @@ def test_shapes_that_keep_the_device_busy_are_not_captured(planning: Runner, mon
     assert len(planning._captured()) == 1
 
 
+def test_shapes_that_nearly_do_are_captured_once_they_have_come_often(planning: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a capture costs is more than it saves in a few microbatches."""
+    batch = rows([40, 21, 33], 40)
+    monkeypatch.setattr(runner_module, "LAUNCHED_LATE", shape_of(batch).tokens * planning.decoder.blocks[0].parameters)
+    monkeypatch.setattr(runner_module, "SEEN_OFTEN", 4)
+    eager = [step(planning, batch) for _ in range(4)]
+    assert not planning._captured()
+    captured = step(planning, batch)
+    assert len(planning._captured()) == 1
+    assert all(torch.equal(one[1], captured[1]) for one in eager)
+
+
 def test_what_has_run_is_not_refused_by_a_later_plan(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> list[Rung]:
         raise UserError("a microbatch needs more")

@@ -68,10 +68,10 @@ class Monitor(Callback):
             return  # the step is not complete
         now, heard = time.perf_counter(), pl_module.heard
         tokens, supervised = (sum(one[name] for one in heard) for name in ("tokens", "supervised"))
-        pl_module.log("train/tokens_per_second", tokens / (now - self._started))
-        pl_module.log("train/supervised_fraction", supervised / tokens)
         # this rank's with its update counted, the others' up to theirs
-        pl_module.log("memory/peak_gib", max(peak_memory_gib(pl_module.device), *(one["peak_gib"] for one in heard)))
+        peak_gib = max(peak_memory_gib(pl_module.device), *(one["peak_gib"] for one in heard))
+        speed = {"train/tokens_per_second": tokens / (now - self._started), "train/supervised_fraction": supervised / tokens}
+        pl_module.log_numbers(speed | {"memory/peak_gib": peak_gib})
         if not self._said and trainer.optimizers[0].state:  # a first step that was skipped has none
             self._said = True
             say_optimizer_state(trainer.optimizers[0])

@@ -66,7 +66,8 @@ class Nonfinite(Callback):
             self._in_a_row = 0
         self._bad = False
         if self.policy == "skip":
-            pl_module.log("train/skipped", float(self._skipped))
+            assert isinstance(pl_module, QLoRAModule)
+            pl_module.log_numbers({"train/skipped": float(self._skipped)})
 
     def _handle(self, trainer: Trainer, loss: float, norm: float) -> None:
         """Write the step down; end the run or let it go on without the update."""

@@ -13,7 +13,7 @@ from qlora_lightning.kernels.attention import Backend
 from qlora_lightning.strategies.policy import MemoryPolicy
 
 CONTEXT = GIB // 2
-"""Bytes that CUDA takes for itself, at least."""
+"""Bytes that CUDA takes for itself, at least; with the kernels of a first step, which are loaded as they are called, about 0.8 GiB (H200)."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class Planner:
         self._block, self._layers, self._vocabulary = block, layers, vocabulary
         self._policy, self._state, self._device = policy, state, device
         self._budget: Budget | None = None
+        self._elsewhere = 0
         self._paged_out = False
 
     @property
@@ -79,9 +80,9 @@ class Planner:
 
     def _measure_budget(self) -> Budget:
         """What may be used in all, and what is taken already; the optimizer's state, which the first update makes, with it."""
-        elsewhere, total = taken_elsewhere(self._device, self._state.paged)
+        self._elsewhere, total = taken_elsewhere(self._device, self._state.paged)
         to_come = self._state.whole - (self._state.there - self._state.paged)
-        return budget_within(self._policy, total, elsewhere, torch.cuda.memory_allocated(self._device) + to_come)
+        return budget_within(self._policy, total, self._elsewhere, torch.cuda.memory_allocated(self._device) + to_come)
 
     def plan(self, shape: Shape, backend: Backend) -> list[Rung]:
         """What each block keeps of a microbatch of this shape.
@@ -124,7 +125,7 @@ class Planner:
         return Before(torch.cuda.memory_allocated(self._device), torch.cuda.max_memory_allocated(self._device))
 
     def correct(self, before: Before, shape: Shape, rungs: list[Rung], backend: Backend) -> bool:
-        """Compare an eager microbatch with its plan; whether plans are made otherwise from now on.
+        """Compare an eager microbatch with its plan, and CUDA's context with what it was; whether plans are made otherwise from now on.
 
         One that stayed below an earlier peak tells nothing: torch keeps the highest only.
         """
@@ -135,6 +136,8 @@ class Planner:
         known = self.budget.correction
         if known != 1.0 and ratio < known * 1.02:
             return False
+        if known == 1.0:  # the first, before any update makes state that would look like it
+            self.hold(max(0, taken_elsewhere(self._device, self._state.paged)[0] - self._elsewhere))
         self._budget = replace(self.budget, correction=max(ratio, 0.8))  # a plan that was too careful is trusted only so far
         return True
 

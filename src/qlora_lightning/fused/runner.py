@@ -1,8 +1,8 @@
 """The fused path of a run: a microbatch in, its loss with a gradient out, through captured graphs where shapes come again.
 
 A shape's first microbatch runs eagerly, which compiles the kernels and measures memory; its second is captured as two CUDA graphs, one
-of the forward and one of the backward, and every one after that is two launches. Shapes so large that the host launches kernels faster
-than the GPU runs them stay eager. All graphs share one memory pool: they run one after another, and backward follows its own forward.
+of the forward and one of the backward, and every one after that is two launches. Shapes so large that the host launches kernels nearly
+as fast as the GPU runs them are captured late, since a capture costs as much as it saves them in many microbatches; larger ones never. All graphs share one memory pool: they run one after another, and backward follows its own forward.
 That memory serves nothing else: where it is short, the graphs are given up before a new shape runs eagerly and before transformers' own
 blocks run (validation, samples), and captured again when their shapes come. Where memory is plentiful, frozen weights stay in 16 bits.
 """
@@ -30,9 +30,12 @@ from qlora_lightning.strategies.policy import MemoryPolicy
 
 GRAPHS = 48
 """Shapes that get graphs at most; each takes some MiB of launch parameters."""
-LAUNCHED_IN_TIME = 0.8e12
-"""Tokens times a block's weights from which a GPU takes longer for a block than the host to launch its kernels: a graph is no faster, and
-shapes of real lengths are many. At 7B, where these are 4,000 tokens, eager steps took 1 % longer, at half of them 3 % (H200)."""
+LAUNCHED_LATE, LAUNCHED_IN_TIME = 0.3e12, 0.8e12
+"""Tokens times a block's weights. Below the first the GPU waits for the host, and a graph is soon worth its capture: at 7B, where these are
+1,500 tokens, a step of 1,024 took 26 ms longer without. From the second on it never is. Between them eager steps of 2,048 tokens took
+4 ms longer, a capture 100 to 230 ms (H200)."""
+SEEN, SEEN_OFTEN = 1, 24
+"""Microbatches of a shape after which it is captured: below the first of these bounds, and between the two."""
 
 
 @dataclass
@@ -55,8 +58,8 @@ class Place:
     backend: Backend
     """Of its attention."""
     rungs: list[Rung]
-    ran: bool = False
-    """Whether a microbatch has come through, and back."""
+    ran: int = 0
+    """Microbatches that have come through, and back, eagerly."""
     graphs: Graphs | None = None
     state: Forward | None = field(default=None, repr=False)
     """Between an eager forward and its backward."""
@@ -119,7 +122,7 @@ class Runner:
             assert ticket == self._ticket, "a microbatch has one backward, before the next one's forward"
             self._ticket += 1  # what it kept is used up
             self._backward(place, scale)
-            place.ran = True
+            place.ran += place.graphs is None
             if ticket == 1:
                 self._say_first(place, began)
             if before is not None and self.planner.correct(before, shape, place.rungs, place.backend):
@@ -188,8 +191,9 @@ class Runner:
             say(f"Weights of {count} of {blocks} blocks stay in 16 bits, {count * each / GIB:.1f} GiB that would be left over")
 
     def _to_be_captured(self, place: Place, shape: Shape) -> bool:
-        launched_in_time = shape.tokens * self.decoder.blocks[0].parameters >= LAUNCHED_IN_TIME
-        return self._captures and place.graphs is None and not launched_in_time and len(self._captured()) < GRAPHS
+        work = shape.tokens * self.decoder.blocks[0].parameters
+        worth_it = work < LAUNCHED_IN_TIME and place.ran >= (SEEN if work < LAUNCHED_LATE else SEEN_OFTEN)
+        return self._captures and worth_it and place.graphs is None and len(self._captured()) < GRAPHS
 
     def _captured(self) -> list[Place]:
         return [place for place in self._places.values() if place.graphs is not None]
