@@ -19,7 +19,7 @@ from qlora_lightning.fused import runner as runner_module
 from qlora_lightning.fused.budget import GIB, Budget
 from qlora_lightning.fused.family import fuse
 from qlora_lightning.fused.memory import Planner
-from qlora_lightning.fused.microbatch import Shape, shape_of
+from qlora_lightning.fused.microbatch import Shape, packed_room, shape_of
 from qlora_lightning.fused.rungs import Rung
 from qlora_lightning.fused.runner import Graphs, Place, Runner
 from qlora_lightning.kernels import reference
@@ -60,6 +60,12 @@ def test_rows_of_unlike_length_lie_end_to_end() -> None:
 def test_packed_rows_become_one() -> None:
     packed = batch(2, 200, 300) | {"cu_seqlens": torch.tensor([0, 90, 200, 390, 400]), "longest": 190}
     assert shape_of(packed) == Shape(1, 512, 512, sequences=16, longest=512)
+
+
+@pytest.mark.parametrize("tokens, room", [(1, 128), (900, 1024), (1024, 1024), (1025, 1280), (3900, 4096), (4096, 4096), (4097, 4224)])
+def test_room_is_coarse_where_shapes_are_captured(tokens: int, room: int) -> None:
+    """At 7B; below 1,024 tokens a step is short enough to feel its padding."""
+    assert packed_room(tokens) == room
 
 
 @pytest.mark.parametrize(

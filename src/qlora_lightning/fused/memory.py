@@ -13,7 +13,7 @@ from qlora_lightning.kernels.attention import Backend
 from qlora_lightning.strategies.policy import MemoryPolicy
 
 CONTEXT = GIB // 2
-"""Bytes that CUDA takes for itself, at least; with the kernels of a first step, which are loaded as they are called, about 0.8 GiB (H200)."""
+"""Bytes that CUDA takes for itself, at least; about 0.8 GiB (H200) with the kernels of a first step, loaded as they are called."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ LENGTH_STEP = 64
 """Rows are as long as a multiple of this: 8 lengths up to 512 tokens."""
 PACKED_STEP = 128
 """Tokens without padding come in multiples of this, which products' tiles have as rows."""
+COARSE_STEP, COARSE = 256, range(1024, 4096)
+"""So many come in multiples of this: the host keeps the GPU waiting there but for captured shapes, and fewer shapes come again sooner."""
 SEQUENCES_STEP = 16
 LONGEST_STEP = 512
 """The longest sequence is only a bound, which costs attention next to nothing: few values make few shapes."""
@@ -54,9 +56,14 @@ def shape_of(batch: dict[str, Any]) -> Shape:
 
 
 def _end_to_end(tokens: int, sequences: int, longest: int, batch: dict[str, Any]) -> Shape:
-    room = _up(tokens, PACKED_STEP)
+    room = packed_room(tokens)
     longest = min(_up(max(longest, room - tokens), LONGEST_STEP), room)  # what fills the room up is a sequence too
     return Shape(1, room, _scored(len(batch["scored"]), room), _up(sequences + 1, SEQUENCES_STEP), longest)
+
+
+def packed_room(tokens: int) -> int:
+    """Tokens that so many take without padding."""
+    return _up(tokens, COARSE_STEP if tokens in COARSE else PACKED_STEP)
 
 
 def _up(value: int, step: int) -> int:

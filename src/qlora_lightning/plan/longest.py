@@ -12,7 +12,7 @@ from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.data.packing import Row
 from qlora_lightning.data.spec import DatasetSpec
 from qlora_lightning.data.steps import Microbatch, StepDataset, StepSampler, StepShape, plan_epoch, split_step
-from qlora_lightning.fused.microbatch import LENGTH_STEP, PACKED_STEP, Shape, shape_of
+from qlora_lightning.fused.microbatch import LENGTH_STEP, Shape, packed_room, shape_of
 from qlora_lightning.modeling.tokenizer import filler_id
 
 
@@ -139,7 +139,7 @@ def _computed(data: InstructionDataModule, planned: list[Microbatch]) -> np.ndar
         lengths = data.train_set.lengths
         for microbatch in planned:
             rows = [int(lengths[list(row)].sum()) for row in microbatch.rows]
-            yield len(rows), max(rows), sum(rows)
+            yield len(rows), max(rows), packed_room(sum(rows))
 
-    rows, width, tokens = np.array(list(sizes())).T
-    return np.minimum(rows * -(-width // LENGTH_STEP) * LENGTH_STEP, -(-tokens // PACKED_STEP) * PACKED_STEP)
+    rows, width, room = np.array(list(sizes())).T
+    return np.minimum(rows * -(-width // LENGTH_STEP) * LENGTH_STEP, room)
