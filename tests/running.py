@@ -1,11 +1,16 @@
 """Options of small runs and what they leave, for the tests that run the command line."""
 
 import csv
+from functools import cache
 from pathlib import Path
 
+import docstring_parser
 import pytest
 
 from qlora_lightning.cli import main
+
+# Every parser reads the sources of all classes that options can name, for their help. They stay as they are, in a process of many runs.
+docstring_parser.parse_from_object = cache(docstring_parser.parse_from_object)
 
 
 def base_options(base: Path, rows: Path, root: Path) -> list[str]:

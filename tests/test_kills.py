@@ -1,46 +1,49 @@
 """Runs that are killed and go on end as the one that was left alone: ``benchmarks/kills.py`` in small, and that it can fail."""
 
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
 import torch
+from forked import ended
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 from run_difference import broken_checkpoints, differences  # noqa: E402
 
-HARNESS = [sys.executable, str(BENCHMARKS / "kills.py")]
-KILLS = ["--kills", "8", "--each", "4", "--seed", "3", "--work"]
-UNSAVED_RANDOM_STATE = """
-import sys
-from qlora_lightning.callbacks.random_state import RandomState
-RandomState.on_load_checkpoint = lambda *_: None
-import kills
-sys.argv[0] = "kills.py"
-sys.exit(kills.main())
-"""
+
+def kill(options: list[str], said: Path, restored: bool) -> None:
+    """In a process of its own: the benchmark, and what it says to standard output; with random states restored, or not."""
+    import kills
+
+    from qlora_lightning.callbacks.random_state import RandomState
+
+    if not restored:
+        RandomState.on_load_checkpoint = lambda *_: None  # type: ignore[method-assign,assignment]
+    sys.argv = ["kills.py", *options]
+    with said.open("w") as out, redirect_stdout(out):
+        code = kills.main()
+    sys.exit(code)
 
 
 @pytest.mark.slow
 def test_killed_runs_lose_nothing(tmp_path: Path) -> None:
     """Eight kills, at random moments and before random file operations."""
-    done = subprocess.run([*HARNESS, *KILLS, str(tmp_path / "work")], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "8 kills in " in done.stdout and ": 0 lost, 0 different" in done.stdout
+    options, said = ["--kills", "8", "--each", "4", "--seed", "3", "--work", str(tmp_path / "work")], tmp_path / "said"
+    assert ended(kill, options, said, True) == 0, said.read_text()
+    assert "8 kills in " in said.read_text() and ": 0 lost, 0 different" in said.read_text()
 
 
 @pytest.mark.slow
 def test_a_random_state_that_is_not_restored_is_seen(tmp_path: Path) -> None:
     """A few kills are enough: dropout draws other masks after one in the middle."""
-    command = [sys.executable, "-c", UNSAVED_RANDOM_STATE, "--kills", "3", "--each", "3", "--seed", "3", "--work", str(tmp_path / "work")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=BENCHMARKS)
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert "differs: rows of metrics.csv" in done.stdout
+    options, said = ["--kills", "3", "--each", "3", "--seed", "3", "--work", str(tmp_path / "work")], tmp_path / "said"
+    assert ended(kill, options, said, False) == 1, said.read_text()
+    assert "differs: rows of metrics.csv" in said.read_text()
 
 
 @pytest.fixture(scope="module")

@@ -251,7 +251,9 @@ def test_another_requeue_signal_and_an_array_of_jobs(
 
 
 @pytest.mark.slow
-def test_slurm_requeue_saves_our_checkpoint_requeues_and_the_next_start_goes_on(tiny_base: Path, rows_file: Path, tmp_path: Path) -> None:
+def test_slurm_requeue_saves_our_checkpoint_requeues_and_the_next_start_goes_on(
+    tiny_base: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The job's script is one command with ``--ckpt_path last``; SLURM sends SIGUSR1 and starts the script again."""
     root, log, tools = tmp_path / "run", tmp_path / "log", tmp_path / "bin"
     tools.mkdir()
@@ -268,6 +270,7 @@ def test_slurm_requeue_saves_our_checkpoint_requeues_and_the_next_start_goes_on(
     step = torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
     assert f"Stopped by SIGUSR1 after step {step}, which is saved" in log.read_text()
     epochs = step // 6 + 1
-    again = [sys.executable, "-m", "qlora_lightning.cli", "fit", *options, "--trainer.max_epochs", str(epochs)]
-    subprocess.run(again, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"} | slurm)
+    for name, value in slurm.items():
+        monkeypatch.setenv(name, value)
+    assert main(["fit", *options, "--trainer.max_epochs", str(epochs)]) == 0
     assert [int(row["step"]) for row in rows_of(root)] == list(range(epochs * 6))

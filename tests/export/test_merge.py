@@ -1,16 +1,16 @@
 """``merge`` from a run to a folder that plain transformers loads, with its figures, and everything that it refuses."""
 
 import json
+import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from forked import ended
 from running import base_options, line_of
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -231,15 +231,17 @@ def test_a_disk_that_is_too_small_is_known_before(
 # ---- kills ----
 
 
+def killed_merge(adapter: str, output: str) -> None:
+    """In a process of its own."""
+    candidates.load_merged = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+    main(["merge", adapter, "--output", output])
+
+
 @pytest.mark.slow
 def test_a_kill_leaves_no_half_folder_and_the_next_merge_is_whole(adapter: Path, tmp_path: Path) -> None:
     """Killed while it measures what it has written: the name is free, and what is left over goes with the next merge."""
     output = tmp_path / "out"
-    script = "import os, signal\nfrom qlora_lightning.export import candidates\n"
-    script += "candidates.load_merged = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)\n"
-    script += f"from qlora_lightning.cli import main\nmain(['merge', {str(adapter)!r}, '--output', {str(output)!r}])\n"
-    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
-    assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()[-500:]
+    assert ended(killed_merge, str(adapter), str(output)) == -signal.SIGKILL
     assert not output.exists() and (tmp_path / "out.partial" / "original" / "model.safetensors").is_file()
     began = time.time()
     merged(adapter, output)

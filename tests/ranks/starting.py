@@ -2,13 +2,13 @@
 
 Two ways, for two kinds of test:
 
-* ``Ranks``, mostly as the fixture ``two_ranks``: processes that stay, each a rank as ``torchrun`` would start it. Imports are paid for once
-  (8 s of CPU a process), a tiny fit then takes about a second. What runs in them is a function of a test's module, so that it can plant a
-  fault there: ``two_ranks.run(function, *arguments)`` calls it in every rank and gives what each returned. ``fit(arguments)`` is the
-  function for a fit with nothing planted: ``two_ranks.run(fit, ddp_options(2, base, rows, root))`` gives each rank's ``Ended``.
-* ``fit_on_ranks``: one command, as a user types it; Lightning starts the other ranks. For launching, killing, orphans.
+* ``Ranks``, mostly as the fixture ``two_ranks``: processes that stay, each a rank as ``torchrun`` would start it. What runs in them is a
+  function of a test's module, so that it can plant a fault there: ``two_ranks.run(function, *arguments)`` calls it in every rank and
+  gives what each returned. ``fit(arguments)`` is the function for a fit with nothing planted:
+  ``two_ranks.run(fit, ddp_options(2, base, rows, root))`` gives each rank's ``Ended``.
+* ``fit_on_ranks``: one command, as a user types it; it starts the other ranks. For what only whole processes show.
 
-This module imports nothing heavy: a rank's environment must be there before torch and Lightning are imported.
+``forking.py`` has a third, for ranks that are to die.
 """
 
 import contextlib
@@ -19,13 +19,16 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
-from multiprocessing import get_context
+from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
-SECONDS = 120.0
-"""What any work of these tests may take at most, on a loaded machine."""
+import torch
+from forked import FORKED
+
+SECONDS = 300.0
+"""What any work of these tests may take at most, on a machine that others load or that stands still for a while."""
 
 
 class Ended(NamedTuple):
@@ -43,7 +46,8 @@ class Ended(NamedTuple):
 class Ranks:
     """Processes of one group that do what they are told, one thing after another.
 
-    Work that fails or hangs in one rank ends all; the next work gets new ones.
+    They are for numbers, not for faults: a rank that stands still for minutes, with its machine perhaps, is waited for. Work that fails or
+    hangs in one rank ends all of them, and so does a rank that dies; the next work gets new ones.
     """
 
     def __init__(self, ranks: int) -> None:
@@ -56,9 +60,11 @@ class Ranks:
         Raises:
             AssertionError: a rank raised, died, or was not done after ``seconds``; with its traceback.
         """
-        if not self._pools:
-            self._start()
-        futures = [pool.submit(function, *arguments) for pool in self._pools]
+        try:
+            futures = self._submit(function, *arguments)
+        except BrokenProcessPool:  # a rank died after its last work was done
+            self.close()
+            futures = self._submit(function, *arguments)
         done, late = wait(futures, seconds, FIRST_EXCEPTION)
         failed = {rank: one.exception() for rank, one in enumerate(futures) if one in done and one.exception() is not None}
         if failed or late:
@@ -75,14 +81,15 @@ class Ranks:
             pool.shutdown(wait=True, cancel_futures=True)
         self._pools = []
 
-    def _start(self) -> None:
-        port, spawn = free_port(), get_context("spawn")
-        for rank in range(self.ranks):
-            self._pools.append(ProcessPoolExecutor(1, spawn, initializer=_become, initargs=(rank, self.ranks, port)))
+    def _submit(self, function: Callable[..., Any], *arguments: Any) -> list[Future[Any]]:
+        if not self._pools:
+            port = free_port()
+            self._pools = [ProcessPoolExecutor(1, FORKED, _become, (rank, self.ranks, port)) for rank in range(self.ranks)]
+        return [pool.submit(function, *arguments) for pool in self._pools]
 
 
 def _become(rank: int, ranks: int, port: int) -> None:
-    """Set what torchrun sets."""
+    """Set what torchrun sets, and take nobody for dead or for hanging before the test does."""
     os.environ.update(
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
@@ -95,6 +102,13 @@ def _become(rank: int, ranks: int, port: int) -> None:
         GLOO_SOCKET_IFNAME="lo",
         OMP_NUM_THREADS="1",
     )
+    from qlora_lightning import rollcall
+    from qlora_lightning.callbacks.rank_watch import RankWatch
+
+    torch.set_num_threads(1)
+    rollcall.SILENT_SECONDS = rollcall.STORE_SECONDS = rollcall.FAREWELL_SECONDS = 2 * SECONDS
+    rollcall.BEAT_SECONDS = 0.05  # what waits for others looks a few times in this
+    RankWatch._limit = lambda self: None  # type: ignore[method-assign,assignment,return-value]
 
 
 def free_port() -> int:
@@ -143,8 +157,13 @@ def fit_on_ranks(
         Exit code, and both outputs of all ranks together.
     """
     command = [sys.executable, "-m", "qlora_lightning.cli", *ddp_options(ranks, base, rows, root, *options)]
-    environment = {name: value for name, value in os.environ.items() if name not in _OF_A_RANK} | {"GLOO_SOCKET_IFNAME": "lo"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds)
+    return subprocess.run(command, env=of_no_rank(), capture_output=True, text=True, timeout=seconds)
 
 
-_OF_A_RANK = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK", "NODE_RANK")
+def of_no_rank() -> dict[str, str]:
+    """This process's environment, for a command that is to start ranks."""
+    return {name: value for name, value in os.environ.items() if name not in OF_A_RANK} | {"GLOO_SOCKET_IFNAME": "lo"}
+
+
+OF_A_RANK = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK", "NODE_RANK")
+"""What a process is told that somebody starts as a rank."""

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from unittest.mock import patch
 from zlib import crc32
@@ -31,18 +32,26 @@ def odd_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-@pytest.fixture
-def one_and_two(two_ranks: Ranks, tiny_base: Path, odd_rows: Path, tmp_path: Path) -> Callable[..., tuple[Path, Path]]:
-    """The same fit on one rank, in this process, and on two; the folders of both."""
+@pytest.fixture(scope="module")
+def one_and_two(
+    two_ranks: Ranks, tiny_base: Path, odd_rows: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., tuple[Path, Path]]:
+    """The same fit on one rank, in this process, and on two; the folders of both. Each is made once."""
 
-    def run(*options: str, fault: str = "") -> tuple[Path, Path]:
-        roots = tmp_path / "one", tmp_path / "two"
-        assert fit(ddp_options(1, tiny_base, odd_rows, roots[0], SMOOTH, *options)).code == 0
-        for ended in two_ranks.run(fit_with, fault, ddp_options(2, tiny_base, odd_rows, roots[1], SMOOTH, *options)):
+    @cache
+    def one(*options: str) -> Path:
+        root = tmp_path_factory.mktemp("one") / "run"
+        assert fit(ddp_options(1, tiny_base, odd_rows, root, SMOOTH, *options)).code == 0
+        return root
+
+    @cache
+    def two(fault: str, *options: str) -> Path:
+        root = tmp_path_factory.mktemp("two") / "run"
+        for ended in two_ranks.run(fit_with, fault, ddp_options(2, tiny_base, odd_rows, root, SMOOTH, *options)):
             assert ended.code == 0, ended.err
-        return roots
+        return root
 
-    return run
+    return lambda *options, fault="": (one(*options), two(fault, *options))
 
 
 def difference(one: Path, other: Path) -> float:

@@ -5,8 +5,10 @@ The functions above the tests run in the ranks.
 
 import gc
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -161,33 +163,32 @@ def assert_same_run(root: Path, other: Path, rounding: float = 1e-4) -> None:
 
 
 SHAPES = {
-    "recomputed": ["data.global_batch_size=4"],
+    "recomputed": [],
     "kept": ["trainer.strategy.init_args.gradient_checkpointing=none", "data.global_batch_size=6"],
     "kept, accumulated": ["trainer.strategy.init_args.gradient_checkpointing=none", "trainer.accumulate_grad_batches=2"],
     "packed, accumulated": ["data.packing=true", "trainer.accumulate_grad_batches=2", "data.global_batch_size=8"],
 }
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_two_ranks_make_the_run_of_one_device(
-    shape: str, two_ranks: Ranks, fit_alone: Callable[..., Path], tiny_base: Path, rows_file: Path, tmp_path: Path
-) -> None:
-    """22 rows of uneven length, so that the last step is short."""
-    alone = fit_alone(*SHAPES[shape])
-    both = two_ranks.run(fit, command("qlora_fsdp2", tiny_base, rows_file, tmp_path / "both", *SHAPES[shape]))
-    assert [one.code for one in both] == [0, 0], both[0].err + both[1].err
-    assert_same_run(tmp_path / "both", alone)
+@pytest.fixture(scope="module")
+def fit_under(two_ranks: Ranks, tiny_base: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A fit under a strategy; gives its run folder. Each is made once, so that nobody may write there."""
 
-
-@pytest.fixture
-def fit_alone(tiny_base: Path, rows_file: Path, tmp_path: Path) -> Callable[..., Path]:
-    """The same fit on one device; gives its run folder."""
-
-    def run(*options: str, base: Path = tiny_base, folder: str = "alone") -> Path:
-        assert fit(command("qlora", base, rows_file, tmp_path / folder, *options)).code == 0
-        return tmp_path / folder
+    @cache
+    def run(strategy: str, *options: str) -> Path:
+        root = tmp_path_factory.mktemp(strategy) / "run"
+        arguments = command(strategy, tiny_base, rows_file, root, *options)
+        ended = [fit(arguments)] if strategy == "qlora" else two_ranks.run(fit, arguments)
+        assert all(one.code == 0 for one in ended), [one.err for one in ended]
+        return root
 
     return run
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_two_ranks_make_the_run_of_one_device(shape: str, fit_under: Callable[..., Path]) -> None:
+    """22 rows of uneven length, so that the last step is short."""
+    assert_same_run(fit_under("qlora_fsdp2", *SHAPES[shape]), fit_under("qlora", *SHAPES[shape]))
 
 
 def test_each_rank_holds_its_share_of_the_packed_bytes(two_ranks: Ranks, deep_base: Path, rows_file: Path, tmp_path: Path) -> None:
@@ -220,30 +221,29 @@ def test_a_changed_weight_ends_the_run(fault: str, line: str, two_ranks: Ranks, 
     assert any(line in one.last_line for one in ended), [one.err for one in ended]
 
 
-@pytest.mark.parametrize(("first", "second"), [("qlora_fsdp2", "qlora"), ("qlora_fsdp2", "qlora_ddp"), ("qlora", "qlora_fsdp2")])
+@pytest.mark.parametrize(
+    ("first", "second"), [("qlora_fsdp2", "qlora"), ("qlora_fsdp2", "qlora_ddp"), ("qlora", "qlora_fsdp2"), ("qlora_ddp", "qlora_fsdp2")]
+)
 def test_a_checkpoint_goes_on_under_another_strategy(
-    first: str, second: str, two_ranks: Ranks, fit_alone: Callable[..., Path], tiny_base: Path, rows_file: Path, tmp_path: Path
+    first: str, second: str, two_ranks: Ranks, fit_under: Callable[..., Path], tiny_base: Path, rows_file: Path, tmp_path: Path
 ) -> None:
-    def run(strategy: str, *options: str) -> None:
-        arguments = command(strategy, tiny_base, rows_file, tmp_path / "run", *options)
-        ended = [fit(arguments)] if strategy == "qlora" else two_ranks.run(fit, arguments)
-        assert all(one.code == 0 for one in ended), ended[0].err
-
-    alone = fit_alone()
-    run(first, "trainer.max_steps=3")
-    run(second, "ckpt_path=last")
-    assert_same_run(tmp_path / "run", alone)
+    """What is between ``qlora`` and ``qlora_ddp`` is in test_ranks_resume.py."""
+    root = Path(shutil.copytree(fit_under(first, "trainer.max_steps=3"), tmp_path / "run"))
+    arguments = command(second, tiny_base, rows_file, root, "ckpt_path=last")
+    ended = [fit(arguments)] if second == "qlora" else two_ranks.run(fit, arguments)
+    assert all(one.code == 0 for one in ended), ended[0].err
+    assert_same_run(root, fit_under("qlora"))
     base = AutoModelForCausalLM.from_pretrained(tiny_base)
-    plain = PeftModel.from_pretrained(base, tmp_path / "run" / "checkpoints" / "last")
+    plain = PeftModel.from_pretrained(base, root / "checkpoints" / "last")
     assert any(bool(value.any()) for name, value in plain.named_parameters() if "lora_B" in name)
 
 
 def test_evaluation_between_steps(
-    two_ranks: Ranks, fit_alone: Callable[..., Path], tiny_base: Path, rows_file: Path, tmp_path: Path
+    two_ranks: Ranks, fit_under: Callable[..., Path], tiny_base: Path, rows_file: Path, tmp_path: Path
 ) -> None:
     """Validation of 7 rows, and of samples: ranks have different numbers of rows, answers and tokens to go through."""
     options = ["data.dataset.validation_size=7", "trainer.val_check_interval=2", "samples.count=3", "samples.every_n_steps=2"]
-    alone = fit_alone(*options)
+    alone = fit_under("qlora", *options)
     served = two_ranks.run(count_served, command("qlora_fsdp2", tiny_base, rows_file, tmp_path / "both", *options))
     assert sum(served) > 0
     assert_same_run(tmp_path / "both", alone)
@@ -254,12 +254,7 @@ def test_evaluation_between_steps(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_two_gpus_make_the_run_of_one(
-    two_ranks: Ranks, fit_alone: Callable[..., Path], tiny_base: Path, rows_file: Path, tmp_path: Path
-) -> None:
+def test_two_gpus_make_the_run_of_one(fit_under: Callable[..., Path]) -> None:
     """Through NCCL, with blocks gathered ahead on a stream of their own; products in fp32, on one GPU of other shapes."""
     options = ["trainer.accelerator=gpu", "model.fused=false", "data.dataset.validation_size=7", "trainer.val_check_interval=2"]
-    alone = fit_alone(*options)
-    both = two_ranks.run(fit, command("qlora_fsdp2", tiny_base, rows_file, tmp_path / "both", *options))
-    assert [one.code for one in both] == [0, 0], both[0].err + both[1].err
-    assert losses(tmp_path / "both") == pytest.approx(losses(alone), rel=1e-3)
+    assert losses(fit_under("qlora_fsdp2", *options)) == pytest.approx(losses(fit_under("qlora", *options)), rel=1e-3)

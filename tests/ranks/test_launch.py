@@ -9,12 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from forking import Start, torchrun
+from forking import SECONDS, Start, torchrun
 from jsonargparse import Namespace
 from lightning.pytorch.strategies import StrategyRegistry
 from running import base_options, read_metrics
+from starting import OF_A_RANK, of_no_rank
 
-from qlora_lightning.cli import main
 from qlora_lightning.data import prepared
 from qlora_lightning.errors import UserError
 from qlora_lightning.launching import child_command, differences, settle
@@ -22,8 +22,6 @@ from qlora_lightning.lightning_cli import QLoRACLI, resolve_names
 from qlora_lightning.parser import STRATEGIES
 from qlora_lightning.recipes import shared_defaults
 from qlora_lightning.run_folder import check_seen
-
-OF_A_RANK = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK", "NODE_RANK")
 
 
 class Parsed(QLoRACLI):
@@ -109,7 +107,7 @@ def counted(_: int) -> None:
     def counting(*arguments: object) -> None:
         with Path(os.environ["COUNTED"]).open("a") as file:
             file.write(f"{os.environ.get('RANK')}\n")
-        time.sleep(2)
+        time.sleep(1)
         real(*arguments)  # type: ignore[arg-type]
 
     prepared._prepare_into = counting  # type: ignore[assignment]
@@ -136,66 +134,71 @@ def slurm(rank: int, port: int) -> dict[str, str]:
     return own | {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "fit"}
 
 
-def test_slurm_starts_all_ranks(tiny_base: Path, rows_file: Path, tmp_path: Path) -> None:
-    start = Start(tiny_base, rows_file, tmp_path, slurm)
-    ended = start()
-    assert [one.code for one in ended] == [0, 0]
-    assert len(read_metrics(start.root)) == 6
-    # another number of devices than was started
-    first, second = start("overwrite=true", "trainer.devices=3")
+# Whoever starts the ranks, each has its own dropout masks and its microbatches of every step.
+OPTIONS = ("model.lora.dropout=0.1", "trainer.accumulate_grad_batches=2")
+
+
+def losses(root: Path) -> list[str]:
+    found = [row["train/loss"] for row in read_metrics(root)]
+    assert len(found) == 6
+    return found
+
+
+@pytest.fixture(scope="module")
+def of_slurm(tiny_base: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Start:
+    """Two ranks that SLURM has started, which are done."""
+    start = Start(tiny_base, rows_file, tmp_path_factory.mktemp("slurm"), slurm)
+    assert [one.code for one in start(*OPTIONS)] == [0, 0]
+    return start
+
+
+def test_slurm_starts_other_ranks_than_the_trainer_has_devices(of_slurm: Start, tmp_path: Path) -> None:
+    first, second = of_slurm._replace(folder=tmp_path)("trainer.devices=3")
     assert (first.code, second.code) == (2, 2)
     (line,) = first.lines + second.lines
     assert "trainer.devices and trainer.num_nodes are not what was started" in line
 
 
-def test_main_called_from_python_starts_the_other_rank(
-    tiny_base: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for name in OF_A_RANK:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    monkeypatch.setattr(sys, "argv", ["no", "--such", "command"])
-    root = tmp_path / "run"
-    assert main(["fit", *base_options(tiny_base, rows_file, root), "--trainer.devices", "2"]) == 0
-    assert "2 devices: strategy qlora_ddp" in capsys.readouterr().err
-    assert len(read_metrics(root)) == 6
-    assert "QLoRADDPStrategy" in (root / "config.yaml").read_text()
+@pytest.mark.slow
+def test_main_called_from_python_starts_the_other_rank(of_slurm: Start, tmp_path: Path) -> None:
+    start = of_slurm._replace(folder=tmp_path)
+    process = start.launch(*OPTIONS, python=True)
+    process.join(SECONDS)
+    err = (tmp_path / "err").read_text()
+    assert process.exitcode == 0, err
+    assert err.count("2 devices: strategy qlora_ddp") == 1
+    assert "QLoRADDPStrategy" in (start.root / "config.yaml").read_text()
+    assert losses(start.root) == losses(of_slurm.root)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", ["the command", "the rank that it started"])
 def test_no_rank_is_left_behind(tiny_base: Path, rows_file: Path, tmp_path: Path, victim: str) -> None:
-    root = tmp_path / "run"
-    options = [*base_options(tiny_base, rows_file, root), "--trainer.devices", "2", "--trainer.max_epochs", "10000"]
-    environment = {name: value for name, value in os.environ.items() if name not in OF_A_RANK} | {"GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, "-m", "qlora_lightning.cli", "fit", *options, "--checkpoint.every_n_steps", "2"]
-    with (tmp_path / "err").open("w") as err:
-        process = subprocess.Popen(command, env=environment, stderr=err)
-    until = time.monotonic() + 120
-    while not (root / "checkpoints" / "last.ckpt").exists() and time.monotonic() < until:
-        time.sleep(0.2)
+    start = Start(tiny_base, rows_file, tmp_path)
+    process = start.launch("trainer.max_epochs=10000")
+    until = time.monotonic() + SECONDS
+    while not (start.root / "checkpoints" / "last.ckpt").exists() and time.monotonic() < until:
+        time.sleep(0.1)
     child = int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0])
     os.kill(process.pid if victim == "the command" else child, signal.SIGKILL)
-    assert process.wait(60) == (-signal.SIGKILL if victim == "the command" else 2)
+    process.join(60)
+    assert process.exitcode == (-signal.SIGKILL if victim == "the command" else 2)
     while (alive := Path(f"/proc/{child}/cmdline").exists() and Path(f"/proc/{child}/cmdline").read_bytes()) and time.monotonic() < until:
-        time.sleep(0.2)
+        time.sleep(0.1)
     assert not alive
     line = (tmp_path / "err").read_text().strip().split("\n")[-1]
     if victim == "the command":
         assert "rank 0 of 2 (node " in line and "it is gone" in line
     else:
         assert "rank 1 of 2" in line and "it was killed (SIGKILL), most often because the kernel had no memory left" in line
-    assert (root / "checkpoints" / "last.ckpt").exists()
+    assert (start.root / "checkpoints" / "last.ckpt").exists()
 
 
 @pytest.mark.slow
-def test_torchrun_starts_all_ranks(tiny_base: Path, rows_file: Path, tmp_path: Path) -> None:
-    root = tmp_path / "run"
+def test_torchrun_starts_all_ranks(of_slurm: Start, tmp_path: Path) -> None:
+    start = of_slurm._replace(folder=tmp_path)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "qlora_lightning.cli"]
-    environment = {name: value for name, value in os.environ.items() if name not in OF_A_RANK} | {"GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(
-        [*command, "fit", *base_options(tiny_base, rows_file, root)], env=environment, capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([*command, *start.arguments(*OPTIONS)], env=of_no_rank(), capture_output=True, text=True, timeout=SECONDS)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("Done: 6 steps") == 1
-    assert len(read_metrics(root)) == 6
+    assert losses(start.root) == losses(of_slurm.root)

@@ -104,27 +104,34 @@ def test_metrics_are_those_of_one_rank_on_every_rank_and_printed_once(
     assert first[2] == second[2] == expected
 
 
-@pytest.mark.parametrize("fault", ["a row counted twice", "a rank's sums missing"])
-def test_what_is_wrong_is_seen(
-    two_ranks: Ranks, tiny_base: Path, rows_file: Path, tmp_path: Path, alone: dict[str, float], fault: str
-) -> None:
+def test_what_is_wrong_is_seen(two_ranks: Ranks, tiny_base: Path, rows_file: Path, tmp_path: Path) -> None:
     """Five rows of seven in three batches, so that one of them comes again to keep a rank in time."""
     few = [option.replace("=7", "=5") for option in HELDOUT]
     command = [*on(2, "validate", tiny_base, rows_file, tmp_path, *few), "--json"]
-    (right, *_), (wrong, *_) = (two_ranks.run(evaluated, command, planted) for planted in (None, fault))
-    assert json.loads(right[0])["val/loss"] != pytest.approx(json.loads(wrong[0])["val/loss"], rel=1e-6)
+    first = [two_ranks.run(evaluated, command, fault)[0] for fault in (None, "a row counted twice", "a rank's sums missing")]
+    right, *wrong = (json.loads(printed)["val/loss"] for printed, *_ in first)
+    assert all(one != pytest.approx(right, rel=1e-6) for one in wrong)
+
+
+PREDICTING = *(option.replace("=7", "=5") for option in HELDOUT), "generation.max_new_tokens=4", "generation.temperature=0.7"
+
+
+@pytest.fixture(scope="module")
+def predicted(tiny_base: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of one rank's predictions."""
+    root = tmp_path_factory.mktemp("predicted") / "run"
+    assert fit(on(1, "predict", tiny_base, rows_file, root, *PREDICTING)).code == 0
+    return root
 
 
 @pytest.mark.parametrize("strategy", ["qlora_ddp", "qlora_fsdp2"])
 def test_predictions_are_in_one_file_each_row_once_in_order(
-    two_ranks: Ranks, tiny_base: Path, rows_file: Path, tmp_path: Path, strategy: str
+    two_ranks: Ranks, tiny_base: Path, rows_file: Path, tmp_path: Path, predicted: Path, strategy: str
 ) -> None:
-    options = *(option.replace("=7", "=5") for option in HELDOUT), "generation.max_new_tokens=4", "generation.temperature=0.7"
-    one, two = tmp_path / "one", tmp_path / "two"
-    assert fit(on(1, "predict", tiny_base, rows_file, one, *options)).code == 0
+    one, two = predicted, tmp_path / "two"
     (two / "predictions.jsonl.part-1").parent.mkdir()
     (two / "predictions.jsonl.part-1").write_text("of an earlier start that was killed\n")
-    ended = two_ranks.run(fit, on(2, "predict", tiny_base, rows_file, two, *options, f"trainer.strategy={strategy}"))
+    ended = two_ranks.run(fit, on(2, "predict", tiny_base, rows_file, two, *PREDICTING, f"trainer.strategy={strategy}"))
     assert [each.code for each in ended] == [0, 0]
     assert (two / "predictions.jsonl").read_text() == (one / "predictions.jsonl").read_text()
     assert len((one / "predictions.jsonl").read_text().splitlines()) == 5
@@ -132,15 +139,29 @@ def test_predictions_are_in_one_file_each_row_once_in_order(
     assert "5 answers" in ended[0].err and "5 answers" not in ended[1].err
 
 
-@pytest.mark.parametrize("strategy", ["qlora_ddp", "qlora_fsdp2"])
-def test_a_fit_evaluates_as_on_one_rank(two_ranks: Ranks, tiny_base: Path, rows_file: Path, tmp_path: Path, strategy: str) -> None:
-    """Held-out loss, MMLU and samples while a model learns; every row of metrics.csv once."""
-    exam = write_exam(tmp_path / "exam", questions=3)
+@pytest.fixture(scope="module")
+def evaluating(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """Options of a fit that evaluates all that can be evaluated."""
+    exam = write_exam(tmp_path_factory.mktemp("exam"), questions=3)
     asked = f"mmlu.path={exam}", f"mmlu.subjects={','.join(SUBJECTS)}", "mmlu.shots=1", "mmlu.every_n_steps=2"
-    options = *HELDOUT, *asked, "samples.count=5", "samples.max_new_tokens=4", "trainer.max_steps=3", "validation.every_n_steps=2"
-    roots = [tmp_path / name for name in ("one", "two")]
-    assert fit(ddp_options(1, tiny_base, rows_file, roots[0], *options)).code == 0
-    ended = two_ranks.run(fit, ddp_options(2, tiny_base, rows_file, roots[1], *options, f"trainer.strategy={strategy}"))
+    return *HELDOUT, *asked, "samples.count=5", "samples.max_new_tokens=4", "trainer.max_steps=3", "validation.every_n_steps=2"
+
+
+@pytest.fixture(scope="module")
+def fitted(tiny_base: Path, rows_file: Path, evaluating: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of that fit on one rank."""
+    root = tmp_path_factory.mktemp("fitted") / "run"
+    assert fit(ddp_options(1, tiny_base, rows_file, root, *evaluating)).code == 0
+    return root
+
+
+@pytest.mark.parametrize("strategy", ["qlora_ddp", "qlora_fsdp2"])
+def test_a_fit_evaluates_as_on_one_rank(
+    two_ranks: Ranks, tiny_base: Path, rows_file: Path, tmp_path: Path, fitted: Path, evaluating: tuple[str, ...], strategy: str
+) -> None:
+    """Held-out loss, MMLU and samples while a model learns; every row of metrics.csv once."""
+    roots = [fitted, tmp_path / "two"]
+    ended = two_ranks.run(fit, ddp_options(2, tiny_base, rows_file, roots[1], *evaluating, f"trainer.strategy={strategy}"))
     assert [each.code for each in ended] == [0, 0], ended[0].err + ended[1].err
     one, two = map(read_metrics, roots)
     compared = [name for name in one[0] if name.startswith(("val/", "mmlu/", "train/loss"))]

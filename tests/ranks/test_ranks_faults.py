@@ -16,8 +16,8 @@ import torch
 from forking import SECONDS, Start
 from running import read_metrics
 
+from qlora_lightning import rollcall
 from qlora_lightning.module import QLoRAModule
-from qlora_lightning.rollcall import BEAT_SECONDS
 
 STEP = 4
 """The step in which a fault is planted; step 3 is saved."""
@@ -37,7 +37,7 @@ def in_step(rank: int, fault: Callable[[QLoRAModule], Any]) -> None:
 
 def killed(rank: int) -> None:
     def kill(_: QLoRAModule) -> None:
-        time.sleep(3 * BEAT_SECONDS)  # steps of this model are shorter than the time between two signs of life
+        time.sleep(3 * rollcall.BEAT_SECONDS)  # steps of this model are shorter than the time between two signs of life
         os.kill(os.getpid(), signal.SIGKILL)
 
     in_step(rank, kill)
@@ -55,16 +55,16 @@ def hanging(rank: int) -> None:
 
 
 def slow(rank: int) -> None:
-    """Slow in one step, and far slower between two."""
-    in_step(rank, lambda _: time.sleep(2))
-    real = QLoRAModule.on_validation_epoch_end
+    """Slow in one step, and far slower before it, while the other rank waits at that step's end."""
+    in_step(rank, lambda _: time.sleep(1))
+    real = QLoRAModule.on_train_batch_end
 
-    def faulty(self: QLoRAModule) -> None:
-        if self.trainer.global_rank == rank:
-            time.sleep(6)
-        real(self)
+    def faulty(self: QLoRAModule, *args: Any) -> None:
+        if self.trainer.global_step + 1 == STEP and self.trainer.global_rank == rank:
+            time.sleep(4)
+        real(self, *args)
 
-    QLoRAModule.on_validation_epoch_end = faulty  # type: ignore[method-assign]
+    QLoRAModule.on_train_batch_end = faulty  # type: ignore[method-assign,assignment]
 
 
 def defective(rank: int) -> None:
@@ -130,8 +130,7 @@ def test_a_rank_that_hangs(start: Start, rank: int) -> None:
 
 
 def test_a_rank_may_be_slow_and_between_steps_as_slow_as_it_likes(start: Start) -> None:
-    options = ("ranks.patience_seconds=5", "data.dataset.validation_size=4", "validation.every_n_steps=3", "trainer.num_sanity_val_steps=0")
-    assert [one.code for one in start(*options, plant=(slow, 1))] == [0, 0]
+    assert [one.code for one in start("ranks.patience_seconds=3", f"trainer.max_steps={STEP}", plant=(slow, 1))] == [0, 0]
 
 
 def test_a_defect_shows_its_own_traceback_alone(start: Start) -> None:

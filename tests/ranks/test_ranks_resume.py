@@ -12,7 +12,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from running import read_metrics
-from starting import Ended, Ranks, ddp_options, fit, fit_on_ranks
+from starting import Ended, Ranks, ddp_options, fit
 
 # 18 rows, 4 held out: two epochs of four steps of two microbatches, the last of each short
 OPTIONS = (
@@ -212,14 +212,3 @@ def test_a_full_disk_of_the_first_rank_ends_all_with_its_line(start: Callable[..
     assert "cannot be written" not in ended[1].err
     assert time.monotonic() - began < 60
     assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 1
-
-
-# ---- as a user starts it ----
-
-
-@pytest.mark.slow
-def test_one_command_starts_all_ranks(tiny_base: Path, rows_file: Path, whole: Path, tmp_path: Path) -> None:
-    """Ranks that Lightning starts do what those did that were there."""
-    done = fit_on_ranks(2, *OPTIONS, base=tiny_base, rows=rows_file, root=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert losses(tmp_path) == losses(whole)

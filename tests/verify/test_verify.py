@@ -5,11 +5,13 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forked import START
 from lightning.pytorch import Callback
 from running import base_options, line_of
 from torch import Tensor
@@ -190,19 +192,29 @@ def test_a_planted_fault_fails_its_check_and_no_other(
     assert verdicts(verify()) == sound(but=check)
 
 
+@pytest.fixture
+def forked(monkeypatch: Patch) -> None:
+    """The two ranks are forked from a process that has imported everything; a user's are fresh."""
+    monkeypatch.setattr(ranks.processes, "spawn", partial(ranks.processes.start_processes, start_method=START))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("smaller", [False, True], ids=["the recipe's base", "a smaller one"])
-def test_two_ranks_make_the_step_of_one(verify: Verify, monkeypatch: Patch, smaller: bool) -> None:
-    if smaller:
-        monkeypatch.setattr(ranks, "LARGEST", 1000)
+def test_two_ranks_make_the_step_of_one(verify: Verify) -> None:
+    """With the processes that a user has."""
     outcome = verify("--trainer.accumulate_grad_batches=2", checks=["ranks"])["ranks"]
-    assert outcome.verdict == "passed"
-    base = "a random model of the family with 2 layers, the base being too large" if smaller else "the recipe's base"
-    assert outcome.note == f"4 rows on {base}, in fp32 on the CPU"
+    assert (outcome.verdict, outcome.note) == ("passed", "4 rows on the recipe's base, in fp32 on the CPU")
 
 
 @pytest.mark.slow
-def test_ranks_that_read_the_same_rows_fail_and_nothing_else_does(verify: Verify, monkeypatch: Patch) -> None:
+def test_two_ranks_take_a_smaller_base_in_place_of_a_large_one(verify: Verify, forked: None, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(ranks, "LARGEST", 1000)
+    outcome = verify("--trainer.accumulate_grad_batches=2", checks=["ranks"])["ranks"]
+    base = "a random model of the family with 2 layers, the base being too large"
+    assert (outcome.verdict, outcome.note) == ("passed", f"4 rows on {base}, in fp32 on the CPU")
+
+
+@pytest.mark.slow
+def test_ranks_that_read_the_same_rows_fail_and_nothing_else_does(verify: Verify, forked: None, monkeypatch: Patch) -> None:
     right = steps.microbatches_of
 
     def of_rank_0(step: Any, lengths: Any, targets: Any, shape: steps.StepShape) -> Any:

@@ -6,7 +6,7 @@ added up, not averaged: each microbatch's loss is divided by the supervised toke
 """
 
 from collections.abc import Callable
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -15,36 +15,15 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
 from qlora_lightning.errors import ElsewhereError
-from qlora_lightning.strategies.checkpoint_io import AtomicCheckpointIO
 from qlora_lightning.strategies.paged import PagedStrategy
-from qlora_lightning.strategies.policy import GradientCheckpointing, MemoryPolicy
 
 T = TypeVar("T")
 
 
 class QLoRADDPStrategy(PagedStrategy, DDPStrategy):
-    """Train on several devices, each holding the whole base, under a memory policy that is every device's.
-
-    Args:
-        paged_optimizer: As for ``qlora``.
-        optimizer_bits: As for ``qlora``.
-        gradient_checkpointing: As for ``qlora``.
-        memory_budget_gib: As for ``qlora``, of each device.
-        offload_inputs: As for ``qlora``.
-    """
+    """Train on several devices, each holding the whole base, under a memory policy that is every device's."""
 
     strategy_name = "qlora_ddp"
-
-    def __init__(
-        self,
-        paged_optimizer: bool = True,
-        optimizer_bits: Literal[32, 8] = 32,
-        gradient_checkpointing: GradientCheckpointing = "auto",
-        memory_budget_gib: float | None = None,
-        offload_inputs: bool = False,
-    ) -> None:
-        DDPStrategy.__init__(self, checkpoint_io=AtomicCheckpointIO())
-        self.policy = MemoryPolicy(paged_optimizer, optimizer_bits, gradient_checkpointing, memory_budget_gib, offload_inputs)
 
     def setup_environment(self) -> None:
         """Meet the other ranks; all begin with rank 0's seed, also where none was given: the adapter is drawn from it on each."""

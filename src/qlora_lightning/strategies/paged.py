@@ -1,7 +1,7 @@
 """What every strategy of ours shares: it states a memory policy, moves no 4-bit base, and keeps optimizer state paged after a resume."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from lightning.pytorch.strategies import Strategy
@@ -10,15 +10,37 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from qlora_lightning.optim import load_optimizer_state
-from qlora_lightning.strategies.policy import MemoryPolicy
+from qlora_lightning.strategies.checkpoint_io import AtomicCheckpointIO
+from qlora_lightning.strategies.policy import GradientCheckpointing, MemoryPolicy
 
 T = TypeVar("T")
 
 
 class PagedStrategy(Strategy):
-    """A strategy under a memory policy, of one device or of many."""
+    """A strategy under a memory policy, of one device or of many; for use before one of Lightning's among the bases of a class.
 
-    policy: MemoryPolicy
+    Args:
+        paged_optimizer: Keep AdamW's state in unified memory, so that a spike pages it out to the host instead of ending the run.
+            On a CPU this has no meaning and a plain AdamW is used.
+        optimizer_bits: Bits of each of AdamW's two moments: 32, or 8 (block-wise quantised).
+        gradient_checkpointing: ``auto`` keeps as many activations as the memory budget allows and computes the rest again in backward.
+            ``full`` keeps each block's input only: least memory, about a third more compute. ``none`` keeps all activations. Without
+            the fused path (``model.fused``) ``auto`` is ``full``.
+        memory_budget_gib: What the run may use in all, in GiB on each device, at least 1; for ``auto`` only. By default what is free on the
+            device when the run starts, less a margin.
+        offload_inputs: Let the inputs that blocks keep wait in pinned host memory until backward: for long contexts, on the fused path.
+    """
+
+    def __init__(
+        self,
+        paged_optimizer: bool = True,
+        optimizer_bits: Literal[32, 8] = 32,
+        gradient_checkpointing: GradientCheckpointing = "auto",
+        memory_budget_gib: float | None = None,
+        offload_inputs: bool = False,
+    ) -> None:
+        super().__init__(checkpoint_io=AtomicCheckpointIO())
+        self.policy = MemoryPolicy(paged_optimizer, optimizer_bits, gradient_checkpointing, memory_budget_gib, offload_inputs)
 
     def sum_over_ranks(self, *tensors: Tensor) -> None:
         """Add up each tensor over all ranks, in place: the adapter's gradient, once an optimizer step."""
