@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from forking import SECONDS, Start
 from running import read_metrics
 
 from qlora_lightning import rollcall
+from qlora_lightning.data.collate import Collator
 from qlora_lightning.module import QLoRAModule
 
 STEP = 4
@@ -55,16 +57,16 @@ def hanging(rank: int) -> None:
 
 
 def slow(rank: int) -> None:
-    """Slow in one step, and far slower before it, while the other rank waits at that step's end."""
+    """Slow in one step, and far slower to fetch rows before it, while the other rank is in that step already."""
     in_step(rank, lambda _: time.sleep(1))
-    real = QLoRAModule.on_train_batch_end
+    real, batches = Collator.train, count(1)
 
-    def faulty(self: QLoRAModule, *args: Any) -> None:
-        if self.trainer.global_step + 1 == STEP and self.trainer.global_rank == rank:
+    def faulty(self: Collator, fetched: Any) -> Any:
+        if next(batches) == STEP + 1 and os.environ["RANK"] == str(rank):  # one batch is fetched ahead
             time.sleep(4)
-        real(self, *args)
+        return real(self, fetched)
 
-    QLoRAModule.on_train_batch_end = faulty  # type: ignore[method-assign,assignment]
+    Collator.train = faulty  # type: ignore[method-assign]
 
 
 def defective(rank: int) -> None:
