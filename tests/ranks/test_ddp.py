@@ -237,7 +237,7 @@ def test_tokens_a_second_count_every_ranks() -> None:
         module.heard = [module.told, module.told | {"tokens": 50.0, "supervised": 30.0}]
         trainer.global_step = 1
         monitor.on_train_batch_end(trainer, module, None, {}, 0)  # type: ignore[arg-type]
-    logged = dict(call.args for call in module.log.call_args_list)
+    (logged,) = module.log_numbers.call_args.args
     assert (logged["train/tokens_per_second"], logged["train/supervised_fraction"]) == (40.0, 0.5)
 
 
