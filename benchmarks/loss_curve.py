@@ -13,7 +13,8 @@ does not get smaller by compression: `split -n 2 SmolLM2-135M-Instruct.Q4_1.gguf
 Every variant takes the same rows in the same steps from the same adapter: 16 rows a step, r 64, a constant 5e-4. `unfused` is the curve to
 be on; `unfused-2` says how near two right curves come: the same steps as two microbatches of eight rows, whose products and sums round
 otherwise (and, with dropout, whose masks are others, as those of the fused path are). Printed are means over ten steps, then how far each
-curve is from the unfused one. A curve of the fused path that is as near to it as `unfused-2` is on top of it.
+curve is from the unfused one. A curve of the fused path that is as near to it as `unfused-2` is on top of it. `exact` is unfused in
+fp32: the curve that both round.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from qlora_lightning.cli import main as command
 
 VARIANTS: dict[str, dict[str, object]] = {
     "unfused": {"model.fused": "false"},
+    "exact": {"model.fused": "false", "model.compute": "fp32"},
     "unfused-2": {"model.fused": "false", "trainer.accumulate_grad_batches": 2},
     "fused": {},
     "fp8": {"model.compute": "fp8"},

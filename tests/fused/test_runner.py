@@ -16,7 +16,7 @@ from qlora_lightning.data.datamodule import InstructionDataModule
 from qlora_lightning.data.spec import DatasetSpec
 from qlora_lightning.errors import UserError
 from qlora_lightning.fused import runner as runner_module
-from qlora_lightning.fused.budget import GIB, Budget
+from qlora_lightning.fused.budget import GIB, Budget, total_for
 from qlora_lightning.fused.family import fuse
 from qlora_lightning.fused.memory import Planner
 from qlora_lightning.fused.microbatch import Shape, packed_room, shape_of
@@ -266,7 +266,7 @@ def test_a_shape_that_needs_the_memory_gets_that_of_expanded_weights(planning: R
     eager, _ = step(planning, batch), step(planning, batch)
     needed = planning.planner.needed(shape_of(larger), [Rung.ALL] * len(planning.decoder.blocks), "reference")
     taken = planning.planner.budget.held - 4 * GIB
-    planning.planner._budget = Budget(int((4 * GIB + needed) / 0.97) + 100, 4 * GIB + taken)  # room for it, and for nothing beside
+    planning.planner._budget = Budget(int(total_for(4 * GIB + needed)) + 100, 4 * GIB + taken)  # room for it, and for nothing beside
     step(planning, larger)
     assert not planning.decoder.expanded and planning.planner.budget.held == 4 * GIB
     assert torch.equal(step(planning, batch)[1], eager[1])
@@ -276,7 +276,7 @@ def test_half_of_what_is_left_over_stays_free(planning: Runner) -> None:
     each = planning.decoder.expanded_bytes
     batch = rows([40, 21, 33], 40)
     needed = planning.planner.needed(shape_of(batch), [Rung.ALL] * len(planning.decoder.blocks), "reference")
-    planning.planner._budget = Budget(int((4 * GIB + 2 * needed + 3 * each) / 0.97), 4 * GIB)
+    planning.planner._budget = Budget(int(total_for(4 * GIB + 2 * needed + 3 * each)), 4 * GIB)
     step(planning, batch), step(planning, batch)
     assert len(planning.decoder.expanded) == 4  # one block's
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from math import ceil
 
 from qlora_lightning.data.datamodule import InstructionDataModule
-from qlora_lightning.fused.budget import GIB, MARGIN
+from qlora_lightning.fused.budget import GIB, total_for
 from qlora_lightning.plan.longest import Longest, bound, longest_of
 from qlora_lightning.plan.memory import Forecast, MemoryPlan
 from qlora_lightning.plan.target import Target
@@ -65,7 +65,7 @@ Attempt = Callable[[_Tried], Change | None]
 
 def least_gib(plan: MemoryPlan) -> int:
     """GiB of the smallest GPU that a plan fits on."""
-    return ceil(plan.step.peak / (1 - MARGIN) / GIB)
+    return ceil(total_for(plan.step.peak) / GIB)
 
 
 def _budget(now: _Tried, data: InstructionDataModule, accumulate: int, target: Target, attempt: Attempt) -> Change | None:
