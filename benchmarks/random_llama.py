@@ -12,10 +12,13 @@ a disk.
 
 import argparse
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as the command line sets it; torch reads it when it is imported
 
 import torch
 from safetensors.torch import save_file
