@@ -28,10 +28,14 @@ BLOCKS = 6
 
 
 def packed_bytes() -> int:
-    """Of all packed weights that are alive in this process, whoever holds them."""
+    """Of all packed weights that are alive in this process, whoever holds them.
+
+    Bytes are a random generator's state too, of which checkpointing keeps one a block until its backward; those are not counted.
+    """
     tensors = [one for one in gc.get_objects() if issubclass(type(one), Tensor) and one.device.type == "cpu"]
     plain = [one for one in tensors if type(one).__name__ != "DTensor" and one.dtype == torch.uint8]
-    return sum({one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in plain}.values())
+    storages = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in plain}
+    return sum(size for size in storages.values() if size != torch.get_rng_state().nbytes)
 
 
 def measure(arguments: list[str]) -> dict[str, list[int]]:
@@ -192,7 +196,7 @@ def test_two_ranks_make_the_run_of_one_device(shape: str, fit_under: Callable[..
 
 
 def test_each_rank_holds_its_share_of_the_packed_bytes(two_ranks: Ranks, deep_base: Path, rows_file: Path, tmp_path: Path) -> None:
-    """Constants of quantisation, saved random states and a few more are bytes as well: a twentieth of the weights, here."""
+    """Constants of quantisation are bytes as well: less than a twentieth of the weights, here."""
     model = LlamaForCausalLM(LlamaConfig.from_pretrained(deep_base)).model
     linear = [weight.numel() for name, weight in model.layers.named_parameters() if weight.dim() == 2]
     packed = sum(linear) // 2
@@ -203,7 +207,7 @@ def test_each_rank_holds_its_share_of_the_packed_bytes(two_ranks: Ranks, deep_ba
             assert len(found["loading"]) == len(linear)
             assert max(found["loading"]) < share + packed / 20
             assert all(share <= held < share + packed / 20 for held in found["after a step"])
-            assert max(found["computing"]) < share + gathered + packed / 10
+            assert max(found["computing"]) < share + gathered + packed / 20
             assert max(found["computing"]) >= share + packed / BLOCKS  # it was seen where it is gathered
 
 
