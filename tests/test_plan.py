@@ -174,7 +174,7 @@ def test_peak_of_7b_is_what_was_measured(seven_b: Forecast, rows: int, length: i
 def test_peak_of_65b_is_what_was_measured() -> None:
     policy = MemoryPolicy(optimizer_bits=8, memory_budget_gib=48)
     plan = Forecast(QLoRAModule("65b"), LLAMA_65B).on(gpu_of(141), policy, bound(1, 512))
-    assert allocated_gib(plan) == pytest.approx(44.43, rel=0.03)
+    assert allocated_gib(plan) == pytest.approx(44.18, rel=0.03)
     assert plan.step.peak <= 48 * GIB
 
 
